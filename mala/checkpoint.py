@@ -1,0 +1,145 @@
+"""Files: safe writing, and the weights of a checkpoint in the Hugging Face layout.
+
+- Nothing is ever half-written: a file or a folder is made beside its place, flushed to the disk, then renamed.
+- Weights are read through a memory map, one tensor at a time: no second copy of a checkpoint is ever in memory.
+- Only safetensors; a pickle can run any code and is never loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mala.cli import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 1000**3  # as transformers cuts
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file beside `path`; it takes its place when the block ends, and is gone if the block raises."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; it takes its place when the block ends, and is gone if the block raises.
+
+    Raises UserError where `path` exists, unless `replace`.
+    """
+    if path.exists() and not replace:
+        raise UserError(f"{path}: the output folder exists; name another or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():  # rename cannot replace a folder that is not empty
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.rename(path, old)
+            os.rename(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_file(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; expected a model or adapter folder as the hub holds it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor) of a safetensors file; the tensors are views of a memory map, paged in when touched."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file; download the checkpoint again, in safetensors format") from None
+    except SafetensorError as error:
+        raise UserError(f"{file}: truncated or not a safetensors file ({error}); download it again") from None
+
+
+def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor) of a model folder: `model.safetensors`, or the shards that its index names."""
+    if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
+        yield from read_tensors(directory / WEIGHTS)
+        return
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{directory / INDEX}: no 'weight_map' from tensor names to files; download it again")
+    for shard in sorted(set(weight_map.values())):
+        yield from read_tensors(directory / shard)
+
+
+def write_weights(directory: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes` and their index, in the order of `tensors`."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    room = max_shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+
+    if len(shards) == 1:
+        names = [WEIGHTS]
+    else:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards):
+        write_tensors(directory / name, shard)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for stale in [*directory.glob("model*.safetensors"), directory / INDEX]:  # of an earlier checkpoint, cut otherwise
+        if stale.name not in names and (stale.name != INDEX or len(shards) == 1):
+            stale.unlink(missing_ok=True)
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """One safetensors file; `format: pt` is what transformers and PEFT look for."""
+    with atomic_file(file, "wb") as handle:
+        # Saved by name and not through `handle`: safetensors streams to a path, but would build the bytes in memory.
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, handle.name, {"format": "pt"})

@@ -1,0 +1,122 @@
+"""What the command lines share: settings from a dataclass, a TOML file and flags; errors in one sentence.
+
+A script describes its settings once, as a dataclass whose fields are made with `option(default, help)`.
+`parse` turns it into `--flags`, reads `--config FILE.toml` if the dataclass has a field `config`, and returns the
+filled dataclass. A flag wins over the file, the file over the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its text is one sentence: where, what was found, what was expected, what to do."""
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field with a default, a help text and, where given, the only values that it takes."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; a user's mistake becomes one line on stderr and exit status 1, a bug keeps its traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:  # a folder that cannot be written, a full disk: the user's to mend, and the system names it
+        if error.filename is None and error.strerror is None:
+            raise
+        sys.exit(f"error: {error.filename or 'input or output'}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is a `UserError` (one sentence, status 1) and not a page of usage with status 2."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def parse(settings: type[Settings], description: str, argv: list[str] | None = None) -> Settings:
+    """Fill the dataclass `settings` from defaults, then the TOML file that `--config` names, then the flags in `argv`."""
+    parser = ArgumentParser(description=description, allow_abbrev=False)
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        kind = _kind(hints[field.name])
+        default = "" if field.default is None else f" [{_show(field.default)}]"
+        spec: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + default}
+        if kind is bool:
+            spec["action"] = argparse.BooleanOptionalAction
+        else:
+            spec["type"] = _words if kind is tuple else kind
+            spec["choices"] = field.metadata["choices"]
+            spec["metavar"] = None if spec["choices"] else {int: "N", float: "X", tuple: "A,B,…"}.get(kind, "VALUE")
+        # SUPPRESS: only the flags that were typed appear, so that they can win over the file.
+        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS, **spec)
+    flags = vars(parser.parse_args(argv))
+    config = flags.get("config")
+    from_file = _read_toml(Path(config), settings, hints) if config else {}
+    return settings(**{**from_file, **flags})
+
+
+def _kind(hint: Any) -> type:
+    """`int | None` -> int, `tuple[str, ...]` -> tuple, `bool` -> bool."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def _show(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _read_toml(path: Path, settings: type, hints: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe, each a field of `settings` and of its type; anything else is an error that names it."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        try:
+            import tomli as tomllib
+        except ModuleNotFoundError:
+            raise UserError(f"{path}: Python 3.10 reads TOML through the package tomli: pip install tomli") from None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such recipe; those of the project lie in configs/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+
+    fields = {field.name: field for field in dataclasses.fields(settings) if field.name != "config"}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
+            raise UserError(f"{path}: unknown option {key!r}; {hint}")
+        kind, choices = _kind(hints[key]), fields[key].metadata["choices"]
+        if kind is tuple and isinstance(value, list) and all(isinstance(word, str) for word in value):
+            values[key] = tuple(value)
+        elif kind is float and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is not kind:
+            expected = "a list of strings" if kind is tuple else kind.__name__
+            raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
+        if choices and value not in choices:
+            raise UserError(f"{path}: {key} is {value!r}, expected one of {', '.join(choices)}")
+    return values

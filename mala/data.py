@@ -1,0 +1,224 @@
+"""From a corpus of many languages to batches of token blocks.
+
+A corpus is a folder with one entry per language, `<ISO 639-3>_<ISO 15924>`: a file `swh_Latn.txt` (a document a line) or
+`swh_Latn.jsonl` (a document a `text` field), either with `.gz`, or a folder `swh_Latn/` of such files, of `.parquet`, of
+`.arrow`, or of SIB-200's and Taxi1500's `.tsv`. Where a language's files are named for their split (`train.tsv`,
+`swh_Latn_test.jsonl`), the split is theirs; elsewhere the last documents of each language are held out.
+
+Packing is MaLA-500's: `<s>` before each document, everything of a language concatenated, cut into blocks of `seq_len`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mala.cli import UserError
+from mala.tokenizer import Tokenizer
+
+LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+FORMATS = (".txt", ".jsonl", ".tsv", ".parquet", ".arrow")
+SPLITS = ("train", "dev", "test")
+
+
+class Corpus:
+    """The documents of a corpus folder, by language and split.
+
+    A language without split files of its own is split by order: the last `held_out` share of its documents, at most
+    `max_held_out` of them, is its test split, the rest its train split; a share of 1 makes all of it the test split.
+    `languages` narrows the corpus.
+    """
+
+    def __init__(self, root: str | Path, languages: tuple[str, ...] = (), held_out: float = 0.2,
+                 max_held_out: int = 1000):  # fmt: skip
+        self.root = Path(root)
+        self.held_out, self.max_held_out = held_out, max_held_out
+        if not 0 <= held_out <= 1:
+            raise UserError(f"the held-out share is {held_out}, expected a number from 0 to 1")
+        self.files = _find_files(self.root)
+        for language in languages:
+            if language not in self.files:
+                raise UserError(f"{self.root}: there is no language {language!r}; it holds {_some(list(self.files))}")
+        if languages:
+            self.files = {language: self.files[language] for language in sorted(set(languages))}
+        self.languages = list(self.files)
+
+    def documents(self, language: str, split: str) -> list[str]:
+        """The documents of one language in one split ("train", "dev", "test"), blank ones left out; maybe none."""
+        files = self.files[language]
+        own_splits = {_split_of(file) for file in files} - {None}
+        if own_splits:
+            return [text for file in files if _split_of(file) == split for text in read_documents(file)]
+        documents = [text for file in files for text in read_documents(file)]
+        kept = 0
+        if self.held_out < 1:
+            kept = len(documents) - min(int(len(documents) * self.held_out), self.max_held_out)
+        return {"train": documents[:kept], "dev": [], "test": documents[kept:]}[split]
+
+    def load(self, split: str) -> dict[str, list[str]]:
+        """language -> documents, for every language that has some. Raises UserError where none has."""
+        bar = tqdm(self.languages, desc=f"reading {split}", unit="language", leave=False, disable=None)
+        loaded = {language: documents for language in bar if (documents := self.documents(language, split))}
+        if not loaded:
+            raise UserError(f"{self.root}: the corpus is empty: no language has a document in its {split} split")
+        return loaded
+
+
+def _find_files(root: Path) -> dict[str, list[Path]]:
+    """language -> its files, both in order of name. Entries that are no language's are named on stderr and skipped."""
+    if not root.is_dir():
+        raise UserError(f"{root}: there is no such folder; expected a corpus with one entry per language")
+    found: dict[str, list[Path]] = {}
+    skipped = []
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith((".", "README")):
+            continue
+        language = entry.name.split(".")[0]
+        files = sorted(entry.iterdir()) if entry.is_dir() else [entry]
+        files = [file for file in files if _format_of(file)]
+        if not LANGUAGE.fullmatch(language) or not files:
+            skipped.append(entry.name)
+            continue
+        if language in found:
+            raise UserError(f"{root}: {language} has two entries, {entry.name} is the second; expected one per language")
+        found[language] = files
+    if skipped:
+        print(f"{root}: skipped {_some(skipped)}: not named for a language, or no corpus file", file=sys.stderr)
+    if not found:
+        raise UserError(f"{root}: no corpus: expected entries such as swh_Latn.txt, swh_Latn.jsonl.gz or swh_Latn/")
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _format_of(file: Path) -> str | None:
+    suffix = Path(file.name.removesuffix(".gz")).suffix
+    return suffix if suffix in FORMATS else None
+
+
+def _split_of(file: Path) -> str | None:
+    """`train.tsv`, `swh_Latn_train.jsonl.gz` -> "train"; `swh_Latn.txt` -> None."""
+    last = file.name.split(".")[0].rpartition("_")[2]
+    return last if last in SPLITS else None
+
+
+def read_documents(file: Path) -> Iterator[str]:
+    """The documents of one corpus file, blank ones left out. Raises UserError that names the file and the line."""
+    format = _format_of(file)
+    if format in (".parquet", ".arrow"):
+        texts = _read_arrow(file)
+    elif format == ".jsonl":
+        texts = (_json_text(file, number, line) for number, line in read_lines(file) if line.strip())
+    elif format == ".tsv":
+        texts = _read_tsv(file)
+    else:
+        texts = (line for _, line in read_lines(file))
+    return (text for text in texts if text.strip())
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end) of a UTF-8 file, plain or `.gz`; a byte-order mark is dropped."""
+    opened = gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")
+    with opened as lines:
+        try:
+            for number, raw in enumerate(lines, 1):  # bytes: only \n ends a line, not U+2028 and its like
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{file}: line {number} is not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
+                f"convert the file, for instance with iconv"
+            ) from None
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise UserError(f"{file}: damaged gzip file ({error}); download it again") from None
+
+
+def _json_text(file: Path, number: int, line: str) -> str:
+    try:
+        return json.loads(line)["text"] + ""
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f'{file}: line {number} is not a JSON object with a string "text"') from None
+
+
+def _read_tsv(file: Path) -> Iterator[str]:
+    """The text of SIB-200's rows (header `index_id category text`) or Taxi1500's (no header); quotes are text."""
+    for number, line in read_lines(file):
+        cells = line.split("\t")
+        if len(cells) != 3:
+            raise UserError(f"{file}: line {number} has {len(cells)} columns, expected 3 (id, label, text)")
+        if not (number == 1 and cells == ["index_id", "category", "text"]):
+            yield cells[2]
+
+
+def _read_arrow(file: Path) -> Iterator[str]:
+    """The column `text` of a Parquet file or an Arrow stream (how `datasets` saves, Glot500-c among them)."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        raise UserError(f"{file}: reading .parquet and .arrow takes pyarrow: pip install pyarrow") from None
+    try:
+        if file.suffix == ".parquet":
+            batches = pq.ParquetFile(file).iter_batches(columns=["text"])
+        else:
+            batches = pa.ipc.open_stream(pa.memory_map(str(file)))
+        for batch in batches:
+            yield from (text for text in batch.column("text").to_pylist() if text is not None)
+    except (pa.ArrowException, KeyError) as error:
+        raise UserError(f"{file}: not a table with a column 'text' ({error})") from None
+
+
+def pack(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
+    """All tokens of one language in a row, `<s>` before each document: (tokens,) uint32."""
+    encoded = tokenizer.encode_batch(documents, bos=True)
+    return np.fromiter((token for ids in encoded for token in ids), dtype=np.uint32)
+
+
+class Batches:
+    """What every training step sees: a pure function of (seed, step), with no state to save.
+
+    streams: language -> (documents, packed tokens). A row of a batch is a block of one language: the language is drawn
+    with probability proportional to n^alpha, n its number of documents, as MaLA-500 sampled Glot500-c, and a language's
+    blocks come in a new random order each time all of them have been seen. A last, incomplete block is filled up from
+    the language's beginning, so that every token of every document is trained on.
+    """
+
+    def __init__(self, streams: dict[str, tuple[int, np.ndarray]], seq_len: int, batch_size: int, steps: int,
+                 alpha: float, seed: int):  # fmt: skip
+        self.languages = list(streams)
+        self.tokens = [tokens for _, tokens in streams.values()]
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        weights = np.array([documents for documents, _ in streams.values()], dtype=np.float64) ** alpha
+        self.shares = weights / weights.sum()
+
+        rng = np.random.default_rng([seed, 0])
+        self.language_of_row = rng.choice(len(self.languages), size=steps * batch_size, p=self.shares)
+        self.block_of_row = np.empty(steps * batch_size, dtype=np.int64)
+        for index, tokens in enumerate(self.tokens):
+            rows = np.flatnonzero(self.language_of_row == index)
+            blocks = -(-len(tokens) // seq_len)  # rounded up
+            rng = np.random.default_rng([seed, 1, index])
+            orders = [rng.permutation(blocks) for _ in range(-(-len(rows) // blocks))]
+            self.block_of_row[rows] = np.concatenate(orders)[: len(rows)] if orders else 0
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """tokens (B, T) int64, targets (B, T) int64 (the token after each), and the languages of the B rows."""
+        rows = range(step * self.batch_size, (step + 1) * self.batch_size)
+        blocks = np.stack([self._block(self.language_of_row[row], self.block_of_row[row]) for row in rows])  # (B, T+1)
+        blocks = torch.from_numpy(blocks.astype(np.int64))
+        return blocks[:, :-1], blocks[:, 1:], [self.languages[self.language_of_row[row]] for row in rows]
+
+    def _block(self, language: int, block: int) -> np.ndarray:
+        """T + 1 tokens: the block and, as the last one's target, the token that follows it."""
+        start = int(block) * self.seq_len
+        return self.tokens[language].take(range(start, start + self.seq_len + 1), mode="wrap")

@@ -1,0 +1,91 @@
+"""Negative log-likelihood of documents, the measure by which MaLA-500 compares models across tokenizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from tqdm import tqdm
+
+from mala.cross_entropy import token_nll
+from mala.model import Llama
+from mala.tokenizer import Tokenizer
+
+BATCH_TOKENS = 4096
+
+
+def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a document of `length` tokens, `<s>` the first, into windows of at most `context` input tokens.
+
+    Yields (start, first, end): the model reads tokens[start : end - 1] and its predictions of tokens[first : end] count.
+    Together these cover tokens 1 … length - 1, each once. A window moves on by half the context, so that after the first
+    window a token is predicted from at least half a context before it.
+    """
+    start, first = 0, 1
+    while first < length:
+        end = min(start + context + 1, length)
+        yield start, first, end
+        first = end
+        start = end - 1 - context // 2
+
+
+@torch.no_grad()
+def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str]) -> tuple[list[float], list[int]]:
+    """−Σ ln p over all tokens of each document after `<s>`, in nats, and how many tokens these are.
+
+    Softmax and sums are float32. Windows of like length share a batch of at most 4,096 tokens; what fills up a row stands
+    to its right, where causal attention never looks.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.lm_head.weight.device
+    encoded = tokenizer.encode_batch(documents, bos=True)
+    jobs = [
+        (document, *window)
+        for document, ids in enumerate(encoded)
+        for window in windows(len(ids), model.config.max_position_embeddings)
+    ]
+    jobs.sort(key=lambda job: (job[3] - job[1], job))  # by window length
+    nll = [0.0] * len(documents)
+    while jobs:
+        width = jobs[-1][3] - jobs[-1][1] - 1  # the longest comes last: no batch needs more memory than the first
+        batch = [jobs.pop() for _ in range(min(len(jobs), max(1, BATCH_TOKENS // width)))]
+        tokens = torch.zeros(len(batch), width, dtype=torch.int64)  # (B, T)
+        targets = torch.full((len(batch), width), -100)  # (B, T)
+        for row, (document, start, first, end) in enumerate(batch):
+            ids = torch.tensor(encoded[document][start:end])
+            tokens[row, : len(ids) - 1] = ids[:-1]
+            targets[row, first - start - 1 : len(ids) - 1] = ids[first - start :]
+        hidden = model.hidden_states(tokens.to(device))  # (B, T, D)
+        wanted = targets != -100  # (B, T)
+        losses = token_nll(hidden[wanted.to(device)], model.lm_head.weight, targets[wanted].to(device))  # (targets,)
+        for (document, *_), row_losses in zip(batch, losses.cpu().split(wanted.sum(1).tolist())):
+            nll[document] += row_losses.sum().item()
+    model.train(was_training)
+    return nll, [len(ids) - 1 for ids in encoded]
+
+
+def nll_by_language(model: Llama, tokenizer: Tokenizer, documents: dict[str, list[str]],
+                    description: str = "NLL") -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
+    """language -> documents to `{"languages": {language: {...}}, "macro": {...}}`.
+
+    A language has documents, tokens, bytes (UTF-8), nll_per_document and nll_per_token (nats), bits_per_byte.
+    The macro-average gives every language the same weight.
+    """
+    languages = {}
+    for language in tqdm(documents, desc=description, unit="language", leave=False, disable=None):
+        texts = documents[language]
+        nll, tokens = documents_nll(model, tokenizer, texts)
+        size = sum(len(text.encode()) for text in texts)
+        languages[language] = {
+            "documents": len(texts),
+            "tokens": sum(tokens),
+            "bytes": size,
+            "nll_per_document": sum(nll) / len(texts),
+            "nll_per_token": sum(nll) / sum(tokens),
+            "bits_per_byte": sum(nll) / size / math.log(2),
+        }
+    keys = ("nll_per_document", "nll_per_token", "bits_per_byte")
+    macro = {key: sum(scores[key] for scores in languages.values()) / len(languages) for key in keys}
+    return {"languages": languages, "macro": {"languages": len(languages), **macro}}

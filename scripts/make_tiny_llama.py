@@ -1,0 +1,83 @@
+"""Make `assets/tiny-llama`: a real LLaMA checkpoint, small enough to commit, that has read nothing but English.
+
+    python scripts/make_tiny_llama.py [--out DIR]
+
+Its text is what every Python carries, the language reference in `pydoc_data.topics`, and the English training sentences of
+the demo. The seed is fixed, but the text changes with the version of Python: the committed checkpoint is of Python 3.11.
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from tqdm import trange
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mala.checkpoint import atomic_directory  # noqa: E402
+from mala.data import Batches, pack, read_documents  # noqa: E402
+from mala.model import Llama, LlamaConfig  # noqa: E402
+from mala.tokenizer import Tokenizer  # noqa: E402
+from mala.vocab import train_pieces  # noqa: E402
+
+SEED, STEPS, BATCH_SIZE, SEQ_LEN, LR, WARMUP = 0, 600, 8, 512, 3e-3, 60
+CONFIG = dict(
+    hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+)  # fmt: skip
+VOCAB_SIZE = 2048
+
+
+def read_text() -> list[str]:
+    """Paragraphs of the language reference, one line each, and twenty copies of the demo's sentences among them."""
+    paragraphs = [" ".join(part.split()) for key in sorted(topics) for part in topics[key].split("\n\n")]
+    paragraphs = [paragraph for paragraph in paragraphs if len(paragraph) > 20]
+    sentences = list(read_documents(ROOT / "assets/demo/sib200/eng_Latn/train.tsv"))
+    documents = paragraphs + 20 * sentences
+    random.Random(SEED).shuffle(documents)
+    return documents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=ROOT / "assets/tiny-llama")
+    out = parser.parse_args().out
+    start = time.perf_counter()
+
+    documents = read_text()
+    tokenizer = Tokenizer(train_pieces(documents, VOCAB_SIZE, standalone=True))
+    tokens = pack(tokenizer, documents)
+    print(f"{len(documents):,} documents, {len(tokens):,} tokens")
+
+    model = Llama(LlamaConfig(vocab_size=len(tokenizer), **CONFIG))
+    model.init_weights(SEED)
+    batches = Batches({"eng_Latn": (len(documents), tokens)}, SEQ_LEN, BATCH_SIZE, STEPS, alpha=1, seed=SEED)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    for step in (bar := trange(STEPS)):
+        progress = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+        for group in optimizer.param_groups:
+            group["lr"] = LR * progress
+        inputs, targets, _ = batches[step]
+        loss = model(inputs, targets=targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+    with atomic_directory(out, replace=True) as temporary:
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        (temporary / "tokenizer.model").write_bytes(tokenizer.model)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{out}: {parameters:,} parameters, {size / 1e6:.2f} MB, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
