@@ -27,17 +27,34 @@ MAX_SHARD_BYTES = 5 * 1000**3  # as transformers cuts
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file beside `path`; it takes its place when the block ends, and is gone if the block raises."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a file beside `path` to write to; it takes its place when the block ends, and is gone if the block raises."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        os.chmod(temporary, mode)  # safetensors makes its files readable by their owner alone
+        _flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "w") -> Iterator[IO]:
+    """`atomic_path`, opened: text is UTF-8."""
+    with atomic_path(path) as temporary, open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself: a file that was only renamed may be empty after a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -55,9 +72,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+            _flush(file)
         if path.exists():  # rename cannot replace a folder that is not empty
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.rename(path, old)
@@ -140,6 +155,5 @@ def write_weights(directory: Path, tensors: dict[str, torch.Tensor], max_shard_b
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """One safetensors file; `format: pt` is what transformers and PEFT look for."""
-    with atomic_file(file, "wb") as handle:
-        # Saved by name and not through `handle`: safetensors streams to a path, but would build the bytes in memory.
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, handle.name, {"format": "pt"})
+    with atomic_path(file) as temporary:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})

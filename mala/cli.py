@@ -120,3 +120,10 @@ def _read_toml(path: Path, settings: type, hints: dict[str, Any]) -> dict[str, A
         if choices and value not in choices:
             raise UserError(f"{path}: {key} is {value!r}, expected one of {', '.join(choices)}")
     return values
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns of text, the first aligned to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))

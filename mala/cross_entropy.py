@@ -27,7 +27,6 @@ def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
     weight = weight.to(hidden.dtype)
     rows = max(1, CHUNK_BYTES // (4 * len(weight)))
     parts = [
-        F.cross_entropy((h @ weight.T).float(), t, reduction="none")
-        for h, t in zip(hidden.split(rows), targets.split(rows))
+        F.cross_entropy((h @ weight.T).float(), t, reduction="none") for h, t in zip(hidden.split(rows), targets.split(rows))
     ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,33 +70,37 @@ class LoRALinear(nn.Linear):
         return self.scaling * (self.lora_B @ self.lora_A)
 
 
-def add_lora(model: Llama, config: LoRAConfig) -> None:
-    """Freeze the model, put a LoRALinear in place of every target, and make `modules_to_save` train whole, in float32.
+def find_modules(model: Llama, config: LoRAConfig) -> tuple[list[str], list[str]]:
+    """The full names of the linear layers that get LoRA and of the modules that train whole.
 
-    A module is a target if the last part of its name is in `target_modules`. Raises UserError for a name that is none.
+    A module is meant if the last part of its name is listed. Raises UserError for a listed name that no module has.
     """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    embedding = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    found = []
+    for key, names in (("target_modules", linear), ("modules_to_save", linear + embedding)):
+        known = {name.rpartition(".")[2] for name in names}
+        for wanted in getattr(config, key):
+            if wanted not in known:
+                raise UserError(f"{key} names {wanted!r}, expected some of {', '.join(sorted(known))}")
+        found.append([name for name in names if name.rpartition(".")[2] in getattr(config, key)])
+    if both := set(found[0]) & set(found[1]):
+        raise UserError(f"{min(both)!r} is both in target_modules and in modules_to_save, expected in one of them")
+    return found[0], found[1]
+
+
+def add_lora(model: Llama, config: LoRAConfig) -> None:
+    """Freeze the model, put a LoRALinear in place of every target, and make `modules_to_save` train whole, in float32."""
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise UserError("the model has an adapter already; merge it first")
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
-    last = {name: name.rpartition(".")[2] for name in modules}
-    for wanted in config.target_modules:
-        if wanted in config.modules_to_save or not any(
-            last[name] == wanted and isinstance(module, nn.Linear) for name, module in modules.items()
-        ):
-            known = sorted({last[name] for name, module in modules.items() if isinstance(module, nn.Linear)})
-            raise UserError(f"target_modules names {wanted!r}, expected some of {', '.join(known)}, none saved whole")
-    for wanted in config.modules_to_save:
-        if wanted not in last.values():
-            raise UserError(f"modules_to_save names {wanted!r}, expected some of {', '.join(sorted(set(last.values())))}")
-
+    targets, saved = find_modules(model, config)
     model.requires_grad_(False)
-    for name, module in modules.items():
-        if last[name] in config.target_modules:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, last[name], LoRALinear(module, config))
-        elif last[name] in config.modules_to_save:
-            # A copy: the weights of a checkpoint may still be a map of its file.
-            module.weight = nn.Parameter(module.weight.detach().float().clone())
+    for name in targets:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, LoRALinear(model.get_submodule(name), config))
+    for name in saved:  # a copy: the weights of a checkpoint may still be a map of its file
+        module = model.get_submodule(name)
+        module.weight = nn.Parameter(module.weight.detach().float().clone())
     model.tie_weights()
     model.lora_config = config
 
@@ -155,7 +160,7 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
     directory = Path(directory)
     config = read_adapter_config(directory)
     file = directory / "adapter_model.safetensors"
-    tensors = dict(checkpoint.read_tensors(file))
+    tensors = _plain_names(checkpoint.read_tensors(file))
 
     # Fit the adapter to a copy of the model's shape, which takes no memory, before the model itself is touched.
     with torch.device("meta"):
@@ -187,6 +192,16 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
     with torch.no_grad():
         for name, parameter in adapter_tensors(model).items():
             parameter.copy_(tensors[name])
+
+
+def _plain_names(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """PEFT's name -> tensor. Over a resized base PEFT writes a module saved whole three times: under its plain name, again
+    after `modules_to_save.`, and as it was before training, after `original_module.`, which is left out."""
+    plain = {}
+    for name, tensor in tensors:
+        if ".original_module." not in name:
+            plain[name.replace(".modules_to_save.", ".")] = tensor
+    return plain
 
 
 def read_adapter_config(directory: Path) -> LoRAConfig:

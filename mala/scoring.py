@@ -66,26 +66,27 @@ def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str]) -> t
     return nll, [len(ids) - 1 for ids in encoded]
 
 
-def nll_by_language(model: Llama, tokenizer: Tokenizer, documents: dict[str, list[str]],
-                    description: str = "NLL") -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
-    """language -> documents to `{"languages": {language: {...}}, "macro": {...}}`.
+def summarise(documents: list[str], nll: list[float], tokens: list[int]) -> dict[str, float]:
+    """One language's figures: documents, tokens, bytes (UTF-8), nll_per_document and nll_per_token (nats), bits_per_byte."""
+    size = sum(len(text.encode()) for text in documents)
+    return {
+        "documents": len(documents),
+        "tokens": sum(tokens),
+        "bytes": size,
+        "nll_per_document": sum(nll) / len(documents),
+        "nll_per_token": sum(nll) / sum(tokens),
+        "bits_per_byte": sum(nll) / size / math.log(2),
+    }
 
-    A language has documents, tokens, bytes (UTF-8), nll_per_document and nll_per_token (nats), bits_per_byte.
-    The macro-average gives every language the same weight.
-    """
-    languages = {}
-    for language in tqdm(documents, desc=description, unit="language", leave=False, disable=None):
-        texts = documents[language]
-        nll, tokens = documents_nll(model, tokenizer, texts)
-        size = sum(len(text.encode()) for text in texts)
-        languages[language] = {
-            "documents": len(texts),
-            "tokens": sum(tokens),
-            "bytes": size,
-            "nll_per_document": sum(nll) / len(texts),
-            "nll_per_token": sum(nll) / sum(tokens),
-            "bits_per_byte": sum(nll) / size / math.log(2),
-        }
+
+def with_macro(languages: dict[str, dict[str, float]]) -> dict[str, dict]:
+    """`{"languages": ..., "macro": ...}`: the macro-average gives every language the same weight."""
     keys = ("nll_per_document", "nll_per_token", "bits_per_byte")
-    macro = {key: sum(scores[key] for scores in languages.values()) / len(languages) for key in keys}
-    return {"languages": languages, "macro": {"languages": len(languages), **macro}}
+    macro = {key: sum(figures[key] for figures in languages.values()) / len(languages) for key in keys}
+    return {"languages": languages, "macro": macro}
+
+
+def nll_by_language(model: Llama, tokenizer: Tokenizer, documents: dict[str, list[str]], description: str) -> dict[str, dict]:
+    """language -> documents to the figures of every language and their macro-average."""
+    bar = tqdm(documents.items(), desc=description, unit="language", leave=False, disable=None)
+    return with_macro({language: summarise(texts, *documents_nll(model, tokenizer, texts)) for language, texts in bar})

@@ -26,7 +26,7 @@ from mala.model import Llama, LlamaConfig  # noqa: E402
 from mala.tokenizer import Tokenizer  # noqa: E402
 from mala.vocab import train_pieces  # noqa: E402
 
-SEED, STEPS, BATCH_SIZE, SEQ_LEN, LR, WARMUP = 0, 600, 8, 512, 3e-3, 60
+SEED, STEPS, BATCH_SIZE, SEQ_LEN, LR, WARMUP = 0, 150, 8, 512, 3e-3, 30
 CONFIG = dict(
     hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512,
     rms_norm_eps=1e-5,

@@ -16,5 +16,6 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the real data lie
 
 
 def tiny_config(**changes) -> LlamaConfig:
-    return LlamaConfig(**{**dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64), **changes})  # fmt: skip
+    sizes = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    return LlamaConfig(**{**sizes, **heads, **changes})

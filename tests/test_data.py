@@ -1,0 +1,166 @@
+"""mala.data: reading, splitting, packing, and what a step sees."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mala.cli import UserError
+from mala.data import Batches, Corpus, pack, read_documents
+from mala.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
+LINES = ["one", "two words", 'a "quoted" line', "ጤና ይስጥልኝ", "tab\tinside", "u\u2028n"]
+
+
+def write(path, text, encoding="utf-8"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = text if isinstance(text, bytes) else text.encode(encoding)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    plain = "\n".join(LINES) + "\n"
+    jsonl = "".join(json.dumps({"text": line, "source": "x"}) + "\n" for line in LINES)
+    write(tmp_path / "aaa_Latn.txt", plain)
+    write(tmp_path / "bbb_Latn.txt.gz", plain)
+    write(tmp_path / "ccc_Latn.jsonl", jsonl)
+    write(tmp_path / "ddd_Latn.jsonl.gz", jsonl)
+    write(tmp_path / "eee_Latn.txt", "\ufeff" + plain.replace("\n", "\r\n\r\n"))  # BOM, CRLF, blank lines
+    write(tmp_path / "fff_Latn" / "1.txt", "\n".join(LINES[:3]))  # no newline at the end
+    write(tmp_path / "fff_Latn" / "2.jsonl", "".join(jsonl.splitlines(keepends=True)[3:]))
+    table = pa.table({"text": LINES})
+    (tmp_path / "ggg_Latn").mkdir()
+    pq.write_table(table, tmp_path / "ggg_Latn" / "part.parquet")
+    (tmp_path / "hhh_Latn").mkdir()
+    with pa.ipc.new_stream(str(tmp_path / "hhh_Latn" / "data-00000-of-00001.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    (tmp_path / "README.md").write_text("no corpus")
+    corpus = Corpus(tmp_path, held_out=0)
+    assert corpus.languages == [f"{c * 3}_Latn" for c in "abcdefgh"]
+    assert all(documents == LINES for documents in corpus.load("train").values())
+
+
+def test_tsv_layouts(tmp_path):
+    write(tmp_path / "swh_Latn" / "train.tsv", 'index_id\tcategory\ttext\n7\ttravel\tHe said "go\n')
+    write(tmp_path / "swh_Latn" / "test.tsv", "index_id\tcategory\ttext\n8\ttravel\tx\n9\thealth\ty\n")
+    write(tmp_path / "eng_Latn" / "eng_Latn_train.tsv", "40001001\tFaith\tIn the morning\n")
+    corpus = Corpus(tmp_path)
+    assert corpus.load("train") == {"eng_Latn": ["In the morning"], "swh_Latn": ['He said "go']}
+    assert corpus.load("test") == {"swh_Latn": ["x", "y"]}
+    write(tmp_path / "swh_Latn" / "test.tsv", "index_id\tcategory\ttext\n8\ttravel\n")
+    with pytest.raises(UserError, match=r"test\.tsv: line 2 has 2 columns, expected 3"):
+        corpus.load("test")
+
+
+@given(n=st.integers(0, 50), held_out=st.floats(0, 1), most=st.integers(0, 30))
+@settings(deadline=None)
+def test_the_splits_are_the_document_in_order(n, held_out, most, tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    write(root / "swh_Latn.txt", "".join(f"{i}\n" for i in range(n)))
+    corpus = Corpus(root, held_out=held_out, max_held_out=most)
+    train, test = corpus.documents("swh_Latn", "train"), corpus.documents("swh_Latn", "test")
+    assert train + test == [str(i) for i in range(n)]
+    assert len(test) == n if held_out == 1 else len(test) <= most and len(test) <= held_out * n
+
+
+BAD = {
+    "no folder": ({}, r"corpus: there is no such folder"),
+    "nothing in it": ({"README.md": ""}, r"corpus: no corpus"),
+    "only blank": ({"swh_Latn.txt": "\n \n"}, r"corpus: the corpus is empty"),
+    "bytes": ({"swh_Latn.txt": b"good\nalso\nbad \xff\n"}, r"swh_Latn\.txt: line 3 is not UTF-8 \(byte 0xff at column 5\)"),
+    "bytes in gzip": ({"swh_Latn.txt.gz": b"\xff\n"}, r"swh_Latn\.txt\.gz: line 1 is not UTF-8"),
+    "no text": ({"swh_Latn.jsonl": '{"text": "a"}\n{"txt": "b"}\n'}, r"swh_Latn\.jsonl: line 2 is not a JSON object"),
+    "text is a number": ({"swh_Latn.jsonl": '{"text": 1}\n'}, r"line 1 is not a JSON object with a string"),
+    "twice": ({"swh_Latn.txt": "a\n", "swh_Latn.jsonl": '{"text": "a"}\n'}, r"swh_Latn has two entries"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_corpus_is_one_sentence(case, tmp_path):
+    files, message = BAD[case]
+    for name, content in files.items():
+        write(tmp_path / "corpus" / name, content)
+    with pytest.raises(UserError, match=message) as caught:
+        Corpus(tmp_path / "corpus", held_out=0).load("train")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_gzip_and_unknown_names(tmp_path, capsys):
+    write(tmp_path / "swh_Latn.txt.gz", "text\n" * 1000)
+    whole = (tmp_path / "swh_Latn.txt.gz").read_bytes()
+    (tmp_path / "swh_Latn.txt.gz").write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=r"swh_Latn\.txt\.gz: damaged gzip file"):
+        list(read_documents(tmp_path / "swh_Latn.txt.gz"))
+    write(tmp_path / "swahili.txt", "text\n")
+    with pytest.raises(UserError, match=r"there is no language 'eng_Latn'; it holds swh_Latn"):
+        Corpus(tmp_path, languages=("eng_Latn",))
+    assert "skipped swahili.txt" in capsys.readouterr().err
+
+
+def test_packing_is_a_row_of_documents_each_after_bos():
+    tokens = pack(TOKENIZER, LINES)
+    assert tokens.dtype == np.uint32
+    expected = [token for line in LINES for token in [TOKENIZER.bos_id, *TOKENIZER.encode(line)]]
+    assert tokens.tolist() == expected
+
+
+lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=5)
+
+
+def make(sizes, **changes):
+    streams, first = {}, 0
+    for i, (documents, tokens) in enumerate(sizes):
+        streams[f"{chr(97 + i) * 3}_Latn"] = (documents, np.arange(first, first + tokens, dtype=np.uint32))
+        first += tokens
+    return streams, Batches(streams, **{**dict(seq_len=16, batch_size=4, steps=200, alpha=0.3, seed=0), **changes})
+
+
+@given(sizes=lengths, seq_len=st.integers(1, 50), seed=st.integers(0, 5))
+@settings(deadline=None, max_examples=30)
+def test_blocks_are_the_grouping_of_the_stream_and_leave_no_token_out(sizes, seq_len, seed):
+    """MaLA-500 cuts the stream into blocks of seq_len: ours are those blocks; the last is filled from the beginning."""
+    streams, batches = make(sizes, seq_len=seq_len, seed=seed)
+    for step in range(20):
+        inputs, targets, languages = batches[step]
+        assert inputs.shape == targets.shape == (4, seq_len) and inputs.dtype == targets.dtype == torch.int64
+        for row, language in enumerate(languages):
+            stream = streams[language][1].astype(np.int64)
+            block, odd = divmod(inputs[row, 0].item() - stream[0], seq_len)
+            assert odd == 0
+            ring = np.resize(np.roll(stream, -block * seq_len), seq_len + 1)
+            assert inputs[row].tolist() == ring[:-1].tolist() and targets[row].tolist() == ring[1:].tolist()
+    for index, language in enumerate(batches.languages):  # each time round, every block once
+        seen = batches.block_of_row[batches.language_of_row == index]
+        blocks = -(-len(streams[language][1]) // seq_len)
+        for start in range(0, len(seen) - blocks + 1, blocks):
+            assert sorted(seen[start : start + blocks]) == list(range(blocks))
+
+
+def test_a_step_depends_on_seed_and_step_alone():
+    sizes = [(10, 500), (1000, 5000), (3, 40)]
+    _, batches = make(sizes)
+    _, longer = make(sizes, steps=300)
+    _, other = make(sizes, seed=1)
+    in_order = [batches[step] for step in range(200)]
+    for step in (150, 3, 77):
+        assert torch.equal(batches[step][0], in_order[step][0]) and torch.equal(longer[step][0], in_order[step][0])
+    assert any(not torch.equal(other[step][0], in_order[step][0]) for step in range(5))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_languages_are_drawn_by_n_to_the_alpha(alpha):
+    sizes = [(10, 500), (1000, 5000), (100, 40)]
+    _, batches = make(sizes, alpha=alpha, steps=5000)
+    expected = np.array([10, 1000, 100]) ** alpha
+    expected /= expected.sum()
+    drawn = np.bincount(batches.language_of_row, minlength=3) / 20_000
+    assert np.all(np.abs(drawn - expected) < 4 * np.sqrt(expected * (1 - expected) / 20_000))

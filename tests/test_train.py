@@ -1,0 +1,269 @@
+"""train.py and evaluate.py as a user types them."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+
+from mala.lora import load_adapter
+from mala.model import Llama
+from mala.tokenizer import Tokenizer
+
+# Two languages, six steps: enough to walk through every part.
+SHORT = ["--steps", "6", "--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "500", "--seq-len", "32", "--batch-size", "4",
+         "--warmup-steps", "2", "--log-every", "2"]  # fmt: skip
+
+
+def call(script, *args, cwd=ROOT, **environment):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})  # fmt: skip
+
+
+def succeed(*args, **more):
+    done = call(*args, **more)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """What the README's first command does, in an empty folder, and its output."""
+    cwd = tmp_path_factory.mktemp("demo")
+    return cwd, succeed("train.py", cwd=cwd)
+
+
+def test_the_demo_improves_every_low_resource_language(demo):
+    cwd, done = demo
+    nll = json.loads((cwd / "out/demo/nll.json").read_text())
+    languages = nll["before"]["languages"]
+    assert languages.keys() == nll["after"]["languages"].keys() and len(languages) >= 20
+    assert len({language[4:] for language in languages}) >= 8  # scripts
+    for language, before in languages.items():
+        after = nll["after"]["languages"][language]
+        assert before["documents"] == after["documents"] == 14 and before["bytes"] == after["bytes"]
+        if language != "eng_Latn":
+            assert after["nll_per_document"] < before["nll_per_document"], language
+    assert nll["after"]["macro"]["nll_per_document"] < 0.75 * nll["before"]["macro"]["nll_per_document"]
+    assert "improved: " in done.stdout and "held-out NLL" in done.stdout and "swh_Latn" in done.stdout
+
+
+def test_metrics_are_one_object_a_logged_step(demo):
+    lines = [json.loads(line) for line in (demo[0] / "out/demo/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(10, 161, 10))
+    for line in lines:
+        assert line.keys() >= {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
+        assert line["tokens"] == line["step"] * 16 * 128
+    assert lines[-1]["loss"] < lines[0]["loss"] - 3 and lines[-1]["lr"] < lines[1]["lr"]
+
+
+def test_what_it_leaves_loads_in_transformers_and_peft(demo):
+    out = demo[0] / "out/demo"
+    assert sorted(entry.name for entry in out.iterdir()) == ["adapter", "base", "metrics.jsonl", "nll.json"]
+    tokenizer = Tokenizer.from_pretrained(out / "adapter")
+    assert tokenizer.model == Tokenizer.from_pretrained(out / "base").model
+    tokens = torch.tensor([tokenizer.encode("Maji safi hukikinga kijiji.", bos=True)])
+    reference = transformers.LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    assert reference.config.vocab_size == len(tokenizer)
+    reference = peft.PeftModel.from_pretrained(reference, out / "adapter")
+    model = Llama.from_pretrained(out / "base", dtype=torch.float32)
+    load_adapter(model, out / "adapter")
+    assert (model.eval()(tokens) - reference(tokens).logits).abs().max() < 1e-4
+
+
+def test_evaluate_finds_the_demo_and_gives_its_figures_again(demo):
+    cwd, _ = demo
+    done = succeed("evaluate.py", "--bench", "nll", cwd=cwd)
+    lines = done.stdout.splitlines()
+    assert "no score of any benchmark" in lines[0] and lines[0] == lines[-1]
+    results = json.loads((cwd / "out/nll/results.json").read_text())
+    assert results.keys() == {"bench", "data", "sample", "model", "adapter", "shots", "seed", "split", "languages", "macro",
+                              "seconds", "examples_per_second"}  # fmt: skip
+    assert results["sample"] is True and results["model"] == "out/demo/base" and results["adapter"] == "out/demo/adapter"
+    after = json.loads((cwd / "out/demo/nll.json").read_text())["after"]
+    assert results["macro"] == pytest.approx(after["macro"], rel=1e-5)
+    assert results["languages"]["swh_Latn"] == pytest.approx(after["languages"]["swh_Latn"], rel=1e-5)
+    predictions = [json.loads(line) for line in (cwd / "out/nll/predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == 14 * len(results["languages"])
+    swahili = [line["nll"] for line in predictions if line["lang"] == "swh_Latn"]
+    assert sum(swahili) / 14 == pytest.approx(results["languages"]["swh_Latn"]["nll_per_document"])
+
+
+def test_evaluate_looks_where_the_design_says(demo, tmp_path):
+    (tmp_path / "data/nll").mkdir(parents=True)
+    (tmp_path / "data/nll/swh_Latn.txt").write_text("habari\nhabari ya leo\nhabari ya asubuhi\n")
+    shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/nll/swh_Latn.txt").write_text("moja\n")
+    for environment, args, documents, data in [
+        ({}, [], 3, "data/nll"),
+        ({"MALA_DATA": "elsewhere"}, [], 1, "elsewhere/nll"),
+        ({"MALA_DATA": "nowhere"}, ["--limit", "2"], 2, "data/nll"),
+        ({}, ["--held-out", "0.34"], 1, "data/nll"),
+        ({}, ["--data", "elsewhere/nll", "--model", demo[0] / "out/demo"], 1, "elsewhere/nll"),
+    ]:
+        done = succeed("evaluate.py", *args, "--out", "out", cwd=tmp_path, **environment)
+        results = json.loads((tmp_path / "out/results.json").read_text())
+        assert results["languages"]["swh_Latn"]["documents"] == documents and results["data"] == data
+        assert results["sample"] is False and "sample" not in done.stdout
+
+
+def test_the_seed_decides_every_bit(tmp_path):
+    runs = [tmp_path / name for name in ("a", "b", "other")]
+    for run, seed in zip(runs, (3, 3, 4)):
+        succeed("train.py", *SHORT, "--seed", seed, "--out", run)
+    files = ["adapter/adapter_model.safetensors", "base/model.safetensors", "adapter/tokenizer.model", "nll.json"]
+    assert all((runs[0] / file).read_bytes() == (runs[1] / file).read_bytes() for file in files)
+    assert (runs[0] / files[0]).read_bytes() != (runs[2] / files[0]).read_bytes()
+
+
+def test_accumulation_and_recomputation_change_no_loss(tmp_path):
+    losses = []
+    for i, more in enumerate([[], ["--micro-batch-size", "1", "--gradient-checkpointing"]]):
+        succeed("train.py", *SHORT, "--lora-dropout", "0", *more, "--out", tmp_path / str(i))
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
+
+
+def test_without_extension_in_bfloat16_by_epochs(tmp_path):
+    (tmp_path / "recipe.toml").write_text('langs = ["swh_Latn"]\nextend_vocab = 0\nepochs = 1.5\ndtype = "bfloat16"\n')
+    done = succeed(
+        "train.py", "--config", tmp_path / "recipe.toml", "--seq-len", 64, "--batch-size", 2, "--out", tmp_path / "o"
+    )
+    tokens = sum(len(Tokenizer.from_pretrained(ROOT / "assets/tiny-llama").encode(line.split("\t")[2], bos=True))
+                 for line in (ROOT / "assets/demo/sib200/swh_Latn/train.tsv").read_text().splitlines()[1:])  # fmt: skip
+    assert f"1 languages, {tokens:,} tokens" in done.stdout and f": {-(-3 * tokens // (2 * 2 * 64))} steps" in done.stdout
+    assert not (tmp_path / "o/base").exists()
+    succeed("evaluate.py", "--model", tmp_path / "o", "--langs", "swh_Latn", "--out", tmp_path / "e")
+    results = json.loads((tmp_path / "e/results.json").read_text())
+    assert results["model"] == str(ROOT / "assets/tiny-llama")
+
+
+def bad_folder(kind):
+    """Functions that make the bad input under tmp_path and return the arguments."""
+
+    def model(tmp_path: Path) -> Path:
+        shutil.copytree(ROOT / "assets/tiny-llama", tmp_path / "model")
+        return tmp_path / "model"
+
+    def missing(tmp_path):
+        (model(tmp_path) / "model.safetensors").unlink()
+        return ["--model", tmp_path / "model"]
+
+    def truncated(tmp_path):
+        file = model(tmp_path) / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:100_000])
+        return ["--model", tmp_path / "model"]
+
+    def config(tmp_path):
+        file = model(tmp_path) / "config.json"
+        file.write_text(file.read_text().replace('"hidden_size": 128', '"hidden_size": 64'))
+        return ["--model", tmp_path / "model"]
+
+    def tokenizer(tmp_path):
+        import sentencepiece.sentencepiece_model_pb2 as pb2
+
+        file = model(tmp_path) / "tokenizer.model"
+        proto = pb2.ModelProto.FromString(file.read_bytes())
+        proto.pieces.add(piece="onemore", score=-9999.0)
+        file.write_bytes(proto.SerializeToString())
+        return ["--model", tmp_path / "model"]
+
+    def empty(tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/swh_Latn.txt").write_text("")
+        return ["--data", tmp_path / "data"]
+
+    def encoding(tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/swh_Latn.txt").write_bytes(b"moja\nmbili\n" + "été\n".encode("latin-1"))
+        return ["--data", tmp_path / "data"]
+
+    def toml(tmp_path):
+        (tmp_path / "recipe.toml").write_text("learning_rates = 3\n")
+        return ["--config", tmp_path / "recipe.toml"]
+
+    def out(tmp_path):
+        (tmp_path / "file").write_text("")
+        return ["--out", tmp_path / "file" / "out"]
+
+    def vocabulary(tmp_path):
+        return ["--extend-vocab", 900_000]
+
+    def few(tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/swh_Latn.txt").write_text("moja\n")
+        return ["--data", tmp_path / "data"]
+
+    return locals()[kind]
+
+
+TRAIN_ERRORS = {
+    "missing": r"model/model.safetensors: there is no such file",
+    "truncated": r"model/model.safetensors: truncated",
+    "config": r"by config.json; the two are not of one checkpoint",
+    "tokenizer": r"model/tokenizer.model: 2,049 pieces, but the model has 2,048 rows",
+    "empty": r"data: the corpus is empty",
+    "encoding": r"data/swh_Latn.txt: line 3 is not UTF-8",
+    "toml": r"recipe.toml: unknown option 'learning_rates'",
+    "out": r"file/out: Not a directory",
+    "vocabulary": r"cannot learn 900000 pieces from this corpus",
+    "few": r"data: the corpus is empty: no language has a document in its test split",
+}
+
+
+def refuse(script, args, monkeypatch) -> str:
+    """Run a script in this process (torch takes seconds to import) and return what it dies with: `sys.exit(text)` prints
+    the text and leaves status 1. Anything but a UserError or an OSError would come through as it is."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert isinstance(caught.value.code, str) and "\n" not in caught.value.code
+    return caught.value.code
+
+
+@pytest.mark.parametrize("kind", TRAIN_ERRORS)
+def test_bad_input_is_one_sentence_and_leaves_nothing(kind, tmp_path, monkeypatch):
+    args = bad_folder(kind)(tmp_path)
+    both = kind in ("missing", "truncated", "config", "tokenizer", "empty", "encoding", "out")
+    for script in ["train.py", "evaluate.py"] if both else ["train.py"]:
+        small = ["--extend-vocab", "500"] if script == "train.py" else []
+        message = refuse(script, ["--langs", "swh_Latn", *small, "--out", tmp_path / "out", *args], monkeypatch)
+        assert message.startswith("error: ") and TRAIN_ERRORS[kind] in message
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_mistake_ends_with_status_1_and_one_line(script, tmp_path):
+    done = call(script, "--model", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = call(script, "--modle", "x")
+    assert done.returncode == 1 and "unrecognized arguments: --modle" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_setting_that_makes_no_sense_is_refused_and_an_earlier_run_stays(tmp_path, monkeypatch):
+    (tmp_path / "out/adapter").mkdir(parents=True)
+    for args, message in [
+        (["--steps", "0"], "steps is 0, expected a positive number"),
+        (["--batch-size", "6", "--micro-batch-size", "4"], "batch_size 6 is not a multiple of micro_batch_size 4"),
+        (["--langs", "xxx_Latn"], "there is no language 'xxx_Latn'"),
+        (["--target-modules", "query"], "target_modules names 'query'"),
+        (["--target-modules", "lm_head"], "'lm_head' is both in target_modules and in modules_to_save"),
+        (["--modules-to-save", "head"], "modules_to_save names 'head'"),
+        (["--extend-vocab", "900000"], "cannot learn 900000 pieces"),
+        (["--r", "0"], "r is 0, expected a positive whole number"),
+    ]:
+        assert message in refuse("train.py", ["--out", tmp_path / "out", *args], monkeypatch)
+        assert (tmp_path / "out/adapter").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    message = refuse("train.py", [*SHORT, "--lr", "1e9", "--max-grad-norm", "1e9", "--out", tmp_path / "out"], monkeypatch)
+    assert "lower --lr" in message and "swh_Latn" in message and not (tmp_path / "out/adapter").exists()
