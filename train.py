@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
 import sys
 import time
@@ -24,9 +23,9 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from mala.checkpoint import atomic_directory, write_json
-from mala.cli import UserError, option, parse, print_table, run
+from mala.cli import UserError, choose_device, option, parse, print_table, run
 from mala.data import Batches, Corpus, pack
-from mala.lora import LoRAConfig, add_lora, find_modules, save_adapter, trainable_parameters
+from mala.lora import LoRAConfig, add_lora, find_targets, save_adapter, trainable_parameters
 from mala.model import Llama
 from mala.scoring import nll_by_language
 from mala.tokenizer import Tokenizer
@@ -52,8 +51,8 @@ class Settings:
     target_modules: tuple[str, ...] = option(("q_proj", "v_proj"), "the linear layers that get LoRA")
     modules_to_save: tuple[str, ...] = option(("embed_tokens", "lm_head"), "the modules that train whole")
 
-    steps: int = option(160, "optimizer steps")
-    epochs: float | None = option(None, "passes over the corpus's tokens; where given, they decide the steps")
+    epochs: float = option(12.0, "passes over the corpus's tokens")
+    steps: int | None = option(None, "optimizer steps; where given, they count and not the epochs")
     seq_len: int = option(128, "tokens a block")
     batch_size: int = option(16, "blocks an optimizer step")
     micro_batch_size: int | None = option(None, "blocks a forward pass; the rest of a step is accumulated; default: all")
@@ -65,54 +64,61 @@ class Settings:
     seed: int = option(0, "decides, with the steps and the corpus, every bit of the result on one machine")
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
 
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "of the frozen weights and the computation; auto: float32 on a CPU, else bfloat16",
-                        choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
+                        choices=("auto", "float32", "bfloat16"))  # fmt: skip
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
 
     def __post_init__(self) -> None:
         positive = ("steps", "seq_len", "batch_size", "micro_batch_size", "lr", "log_every", "max_grad_norm", "epochs")
         for name in positive:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, expected a positive number")
         for name in ("extend_vocab", "warmup_steps", "weight_decay", "alpha", "max_held_out", "seed"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}, expected 0 or more")
+            if not 0 <= getattr(self, name) < 2**32:
+                raise UserError(f"{name} is {getattr(self, name)}, expected a number from 0 to below 2^32")
         if self.micro_batch_size is None:
             self.micro_batch_size = self.batch_size
         if self.batch_size % self.micro_batch_size:
             raise UserError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.dtype == "auto":
-            self.dtype = "float32" if self.device == "cpu" else "bfloat16"
+        for source in (self.model, self.data):
+            if Path(self.out).resolve() in (Path(source) / "inside").resolve().parents:
+                raise UserError(f"{source}: lies in --out {self.out}, whose results are replaced; name another --out")
 
 
-def learning_rate(step: int, settings: Settings) -> float:
+def learning_rate(step: int, steps: int, settings: Settings) -> float:
     """Linear warm-up, then linear decay: `lr` at step `warmup_steps`, 0 just after the last step."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
-    return settings.lr * (settings.steps - step) / max(1, settings.steps - settings.warmup_steps)
+    return settings.lr * (steps - step) / max(1, steps - settings.warmup_steps)
 
 
 def main() -> None:
     settings = parse(Settings, __doc__.split("\n\n")[0])
     started = time.perf_counter()
-    torch.manual_seed(settings.seed)
     out = Path(settings.out)
+    device, dtype = choose_device(settings.device, settings.dtype)
 
     # The base checkpoint, the corpus, and what would be learnt: a mistake in these is found before anything is written.
     base, base_tokenizer = Path(settings.model), Tokenizer.from_pretrained(settings.model)
-    model = Llama.from_pretrained(base, dtype=getattr(torch, settings.dtype), device=settings.device)
+    model = Llama.from_pretrained(base, dtype, device)
     base_tokenizer.check_fits(model.config.vocab_size)
     lora = LoRAConfig(settings.r, settings.lora_alpha, settings.lora_dropout, settings.target_modules, settings.modules_to_save)
-    find_modules(model, lora)
+    find_targets(model, lora)
     corpus = Corpus(settings.data, settings.langs, settings.held_out, settings.max_held_out)
     train_documents, test_documents = corpus.load("train"), corpus.load("test")
     tokenizer = base_tokenizer
     if settings.extend_vocab:
         new = Tokenizer(train_pieces(sample(train_documents, settings.alpha, settings.seed), settings.extend_vocab))
         tokenizer = Tokenizer(merge(base_tokenizer, new))
+
+    streams = {
+        language: (len(documents), pack(tokenizer, documents))
+        for language, documents in tqdm(train_documents.items(), desc="packing", leave=False, disable=None)
+    }
+    corpus_tokens = sum(len(tokens) for _, tokens in streams.values())
+    steps = settings.steps or math.ceil(settings.epochs * corpus_tokens / (settings.batch_size * settings.seq_len))
+    batches = Batches(streams, settings.seq_len, settings.batch_size, steps, settings.alpha, settings.seed)
 
     # How well the checkpoint predicts the held-out text as it comes, with its own tokenizer.
     clear(out)
@@ -122,36 +128,27 @@ def main() -> None:
     if settings.extend_vocab:
         extend_model(model, base_tokenizer, tokenizer)
         base = out / "base"
-        save_extended(model, tokenizer, base, replace=True)
+        save_extended(model, tokenizer, base)
 
     # LoRA, and the parameters that train: A, B and the modules saved whole.
+    torch.manual_seed(settings.seed)  # for A, which starts at random
     add_lora(model, lora)
     model.gradient_checkpointing = settings.gradient_checkpointing
     trainable = list(trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(trainable, weight_decay=settings.weight_decay, fused=True)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in trainable)
-
-    # Blocks of tokens.
-    streams = {
-        language: (len(documents), pack(tokenizer, documents))
-        for language, documents in tqdm(train_documents.items(), desc="packing", leave=False, disable=None)
-    }
-    corpus_tokens = sum(len(tokens) for _, tokens in streams.values())
-    if settings.epochs is not None:
-        settings.steps = math.ceil(settings.epochs * corpus_tokens / (settings.batch_size * settings.seq_len))
-    batches = Batches(streams, settings.seq_len, settings.batch_size, settings.steps, settings.alpha, settings.seed)
     print(f"{len(base_tokenizer):,} pieces -> {len(tokenizer):,}; {len(streams)} languages, {corpus_tokens:,} tokens; "
           f"training {trained:,} of {total:,} parameters ({trained / total:.1%})")  # fmt: skip
 
     # Training.
     model.train()
-    progress = tqdm(range(settings.steps), desc="training", unit="step", disable=None)
+    progress = tqdm(range(steps), desc="training", unit="step", disable=None)
     with open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
         logged_at, logged_loss = time.perf_counter(), 0.0
         for step in progress:
             torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout depends on the step alone, not on what ran before
-            lr = learning_rate(step, settings)
+            lr = learning_rate(step, steps, settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
@@ -159,7 +156,7 @@ def main() -> None:
             step_loss = 0.0
             for x, y in zip(tokens.split(settings.micro_batch_size), targets.split(settings.micro_batch_size)):
                 # Every micro-batch has as many targets, so the mean of its means is the mean of the batch.
-                loss = model(x.to(settings.device), targets=y.to(settings.device)) * len(x) / len(tokens)
+                loss = model(x.to(device), targets=y.to(device)) * len(x) / len(tokens)
                 loss.backward()
                 step_loss += loss.item()
             grad_norm = clip_grad_norm_(trainable, settings.max_grad_norm).item()
@@ -170,11 +167,11 @@ def main() -> None:
             optimizer.zero_grad()
 
             logged_loss += step_loss
-            if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-                steps = step % settings.log_every + 1
+            if (step + 1) % settings.log_every == 0 or step + 1 == steps:
+                since = step % settings.log_every + 1  # steps since the last line
                 now = time.perf_counter()
-                speed = steps * tokens.numel() / (now - logged_at)
-                line = {"step": step + 1, "tokens": (step + 1) * tokens.numel(), "loss": logged_loss / steps, "lr": lr,
+                speed = since * tokens.numel() / (now - logged_at)
+                line = {"step": step + 1, "tokens": (step + 1) * tokens.numel(), "loss": logged_loss / since, "lr": lr,
                         "grad_norm": grad_norm, "tokens_per_second": speed}  # fmt: skip
                 metrics.write(json.dumps(line) + "\n")
                 progress.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_second=f"{speed:,.0f}")
@@ -187,17 +184,18 @@ def main() -> None:
         (adapter / "tokenizer.model").write_bytes(tokenizer.model)
     write_json(out / "nll.json", {"before": before, "after": after})
     report(before, after)
-    print(f"{out}: {settings.steps} steps, {time.perf_counter() - started:.0f} s, peak memory {peak_memory(settings):.2f} GB")
+    print(f"{out}: {steps} steps, {time.perf_counter() - started:.0f} s, peak memory {peak_memory(device):.2f} GB")
 
 
 def clear(out: Path) -> None:
     """Make the output folder, and take away what an earlier run left, so that a killed run leaves no mixture of the two."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists():
+        raise UserError(f"{out}: the folder holds something that is no result of train.py; name an empty or a new --out")
     out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.jsonl").touch()  # fails now, not after an hour, where nothing can be written
+    (out / "nll.json").unlink(missing_ok=True)
     for name in ("adapter", "base"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("nll.json", "metrics.jsonl"):
-        (out / name).unlink(missing_ok=True)
-    (out / "metrics.jsonl").touch()  # fails now, not after an hour, where nothing can be written
 
 
 def report(before: dict, after: dict) -> None:
@@ -224,10 +222,12 @@ def report(before: dict, after: dict) -> None:
           f"{b['bits_per_byte']:.2f} -> {a['bits_per_byte']:.2f}; improved: {improved} of {len(languages)}")  # fmt: skip
 
 
-def peak_memory(settings: Settings) -> float:
+def peak_memory(device: str) -> float:
     """In GB: of the GPU where there is one, else the resident memory of the process."""
-    if settings.device == "cuda":
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
+    import resource  # not on Windows, which no other part needs to know
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -1,6 +1,6 @@
 """Files: safe writing, and the weights of a checkpoint in the Hugging Face layout.
 
-- Nothing is ever half-written: a file or a folder is made beside its place, flushed to the disk, then renamed.
+- Nothing is half-written: a file or a folder is made beside its place, flushed to the disk, then renamed.
 - Weights are read through a memory map, one tensor at a time: no second copy of a checkpoint is ever in memory.
 - Only safetensors; a pickle can run any code and is never loaded.
 """
@@ -29,7 +29,8 @@ MAX_SHARD_BYTES = 5 * 1000**3  # as transformers cuts
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a file beside `path` to write to; it takes its place when the block ends, and is gone if the block raises."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode
     try:
@@ -37,6 +38,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.chmod(temporary, mode)  # safetensors makes its files readable by their owner alone
         _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,20 +68,17 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     if path.exists() and not replace:
         raise UserError(f"{path}: the output folder exists; name another or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a run after a kill takes away what that left
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         for file in temporary.rglob("*"):
             _flush(file)
-        if path.exists():  # rename cannot replace a folder that is not empty
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, path)
+        if path.exists():  # a rename cannot replace a folder that holds something
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+        _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -156,4 +155,7 @@ def write_weights(directory: Path, tensors: dict[str, torch.Tensor], max_shard_b
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """One safetensors file; `format: pt` is what transformers and PEFT look for."""
     with atomic_path(file) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+        try:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+        except SafetensorError as error:  # how it reports a full disk
+            raise UserError(f"{file}: could not be written ({error}); make room or name another folder") from None

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 Settings = TypeVar("Settings")
 
 
@@ -120,6 +122,17 @@ def _read_toml(path: Path, settings: type, hints: dict[str, Any]) -> dict[str, A
         if choices and value not in choices:
             raise UserError(f"{path}: {key} is {value!r}, expected one of {', '.join(choices)}")
     return values
+
+
+def choose_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """`auto` is CUDA where there is a GPU; its dtype is bfloat16 there and float32 on a CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but PyTorch finds no GPU here; use --device cpu, or install PyTorch for your GPU")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return device, getattr(torch, dtype)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -14,6 +14,7 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from mala.cli import UserError
 from mala.tokenizer import Tokenizer
 
 LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+# `train.tsv`, `swh_Latn_test.jsonl.gz`, and the shards of a hub: `validation-00000-of-00001.parquet`
+SPLIT_FILE = re.compile(r"(?:.*_)?(train|dev|validation|test)(?:-\d+-of-\d+)?(?:\..*)?")
 FORMATS = (".txt", ".jsonl", ".tsv", ".parquet", ".arrow")
-SPLITS = ("train", "dev", "test")
 
 
 class Corpus:
@@ -54,8 +56,11 @@ class Corpus:
     def documents(self, language: str, split: str) -> list[str]:
         """The documents of one language in one split ("train", "dev", "test"), blank ones left out; maybe none."""
         files = self.files[language]
-        own_splits = {_split_of(file) for file in files} - {None}
-        if own_splits:
+        splits = [_split_of(file) for file in files]
+        if any(splits):
+            if not all(splits):
+                odd = files[splits.index(None)]
+                raise UserError(f"{odd}: of no split, but files beside it are; expected all or none named train, dev or test")
             return [text for file in files if _split_of(file) == split for text in read_documents(file)]
         documents = [text for file in files for text in read_documents(file)]
         kept = 0
@@ -68,7 +73,8 @@ class Corpus:
         bar = tqdm(self.languages, desc=f"reading {split}", unit="language", leave=False, disable=None)
         loaded = {language: documents for language in bar if (documents := self.documents(language, split))}
         if not loaded:
-            raise UserError(f"{self.root}: the corpus is empty: no language has a document in its {split} split")
+            raise UserError(f"{self.root}: the corpus is empty: no language has a document in its {split} split "
+                            f"(held-out share {self.held_out})")  # fmt: skip
         return loaded
 
 
@@ -78,11 +84,9 @@ def _find_files(root: Path) -> dict[str, list[Path]]:
         raise UserError(f"{root}: there is no such folder; expected a corpus with one entry per language")
     found: dict[str, list[Path]] = {}
     skipped = []
-    for entry in sorted(root.iterdir()):
-        if entry.name.startswith((".", "README")):
-            continue
+    for entry in _visible(root):
         language = entry.name.split(".")[0]
-        files = sorted(entry.iterdir()) if entry.is_dir() else [entry]
+        files = _visible(entry) if entry.is_dir() else [entry]
         files = [file for file in files if _format_of(file)]
         if not LANGUAGE.fullmatch(language) or not files:
             skipped.append(entry.name)
@@ -97,6 +101,10 @@ def _find_files(root: Path) -> dict[str, list[Path]]:
     return found
 
 
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "README")))
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
@@ -107,19 +115,18 @@ def _format_of(file: Path) -> str | None:
 
 
 def _split_of(file: Path) -> str | None:
-    """`train.tsv`, `swh_Latn_train.jsonl.gz` -> "train"; `swh_Latn.txt` -> None."""
-    last = file.name.split(".")[0].rpartition("_")[2]
-    return last if last in SPLITS else None
+    found = SPLIT_FILE.fullmatch(file.name)
+    return found and {"validation": "dev"}.get(found[1], found[1])
 
 
 def read_documents(file: Path) -> Iterator[str]:
     """The documents of one corpus file, blank ones left out. Raises UserError that names the file and the line."""
-    format = _format_of(file)
-    if format in (".parquet", ".arrow"):
+    kind = _format_of(file)
+    if kind in (".parquet", ".arrow"):
         texts = _read_arrow(file)
-    elif format == ".jsonl":
+    elif kind == ".jsonl":
         texts = (_json_text(file, number, line) for number, line in read_lines(file) if line.strip())
-    elif format == ".tsv":
+    elif kind == ".tsv":
         texts = _read_tsv(file)
     else:
         texts = (line for _, line in read_lines(file))
@@ -132,27 +139,31 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     with opened as lines:
         try:
             for number, raw in enumerate(lines, 1):  # bytes: only \n ends a line, not U+2028 and its like
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, line.rstrip("\r\n")
+                line = raw.decode().rstrip("\r\n")
+                yield number, line.removeprefix("\ufeff") if number == 1 else line
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{file}: line {number} is not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
                 f"convert the file, for instance with iconv"
             ) from None
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{file}: damaged gzip file ({error}); download it again") from None
 
 
 def _json_text(file: Path, number: int, line: str) -> str:
     try:
-        return json.loads(line)["text"] + ""
-    except (json.JSONDecodeError, KeyError, TypeError):
+        text = json.loads(line)["text"]
+        text.encode()  # half a surrogate pair, "\ud800", is JSON but no text
+        return text
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeEncodeError):
         raise UserError(f'{file}: line {number} is not a JSON object with a string "text"') from None
 
 
 def _read_tsv(file: Path) -> Iterator[str]:
     """The text of SIB-200's rows (header `index_id category text`) or Taxi1500's (no header); quotes are text."""
     for number, line in read_lines(file):
+        if not line.strip():
+            continue
         cells = line.split("\t")
         if len(cells) != 3:
             raise UserError(f"{file}: line {number} has {len(cells)} columns, expected 3 (id, label, text)")
@@ -184,11 +195,20 @@ def pack(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
     return np.fromiter((token for ids in encoded for token in ids), dtype=np.uint32)
 
 
+def language_shares(documents: list[int], alpha: float) -> np.ndarray:
+    """Probability of each language, proportional to n^alpha, n its number of documents: (languages,) float64.
+
+    alpha 1 draws languages by size, alpha 0 all alike; MaLA-500's 0.3 lets the small ones be heard.
+    """
+    weights = np.array(documents, dtype=np.float64) ** alpha
+    return weights / weights.sum()
+
+
 class Batches:
     """What every training step sees: a pure function of (seed, step), with no state to save.
 
     streams: language -> (documents, packed tokens). A row of a batch is a block of one language: the language is drawn
-    with probability proportional to n^alpha, n its number of documents, as MaLA-500 sampled Glot500-c, and a language's
+    by `language_shares`, as MaLA-500 sampled Glot500-c, and a language's
     blocks come in a new random order each time all of them have been seen. A last, incomplete block is filled up from
     the language's beginning, so that every token of every document is trained on.
     """
@@ -198,11 +218,9 @@ class Batches:
         self.languages = list(streams)
         self.tokens = [tokens for _, tokens in streams.values()]
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        weights = np.array([documents for documents, _ in streams.values()], dtype=np.float64) ** alpha
-        self.shares = weights / weights.sum()
-
+        shares = language_shares([documents for documents, _ in streams.values()], alpha)
         rng = np.random.default_rng([seed, 0])
-        self.language_of_row = rng.choice(len(self.languages), size=steps * batch_size, p=self.shares)
+        self.language_of_row = rng.choice(len(self.languages), size=steps * batch_size, p=shares)
         self.block_of_row = np.empty(steps * batch_size, dtype=np.int64)
         for index, tokens in enumerate(self.tokens):
             rows = np.flatnonzero(self.language_of_row == index)

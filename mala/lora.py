@@ -23,6 +23,7 @@ from mala.cli import UserError
 from mala.model import Llama
 
 PREFIX = "base_model.model."  # what PEFT puts before a module's own name
+WHOLE = ("embed_tokens", "lm_head")  # what may train whole
 
 
 @dataclass
@@ -38,8 +39,20 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if type(self.r) is not int or self.r < 1:
             raise UserError(f"the LoRA rank r is {self.r!r}, expected a positive whole number")
-        if not 0 <= self.lora_dropout < 1:
+        if type(self.lora_alpha) not in (int, float):
+            raise UserError(f"lora_alpha is {self.lora_alpha!r}, expected a number")
+        if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout is {self.lora_dropout!r}, expected a number from 0 to below 1")
+        for names in (self.target_modules, self.modules_to_save):
+            if not all(isinstance(name, str) for name in names):
+                raise UserError(f"target_modules and modules_to_save hold {names!r}, expected names")
+        if not self.target_modules and not self.modules_to_save:
+            raise UserError("target_modules and modules_to_save are both empty: nothing would train")
+        for name in self.modules_to_save:
+            if name not in WHOLE:
+                raise UserError(
+                    f"modules_to_save names {name!r}, expected some of {', '.join(WHOLE)}: nothing else trains whole"
+                )
 
 
 class LoRALinear(nn.Linear):
@@ -70,36 +83,40 @@ class LoRALinear(nn.Linear):
         return self.scaling * (self.lora_B @ self.lora_A)
 
 
-def find_modules(model: Llama, config: LoRAConfig) -> tuple[list[str], list[str]]:
-    """The full names of the linear layers that get LoRA and of the modules that train whole.
+def find_targets(model: Llama, config: LoRAConfig) -> list[str]:
+    """The full names of the linear layers that get LoRA: those whose last part is in `target_modules`.
 
-    A module is meant if the last part of its name is listed. Raises UserError for a listed name that no module has.
+    Raises UserError for a name that no layer of the model's blocks has, and where the model cannot train as configured.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    embedding = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    found = []
-    for key, names in (("target_modules", linear), ("modules_to_save", linear + embedding)):
-        known = {name.rpartition(".")[2] for name in names}
-        for wanted in getattr(config, key):
-            if wanted not in known:
-                raise UserError(f"{key} names {wanted!r}, expected some of {', '.join(sorted(known))}")
-        found.append([name for name in names if name.rpartition(".")[2] in getattr(config, key)])
-    if both := set(found[0]) & set(found[1]):
-        raise UserError(f"{min(both)!r} is both in target_modules and in modules_to_save, expected in one of them")
-    return found[0], found[1]
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise UserError("the model has an adapter already; merge it first")
+    linear = [name for name, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)]
+    known = {name.rpartition(".")[2] for name in linear}
+    for wanted in config.target_modules:
+        if wanted not in known:
+            raise UserError(f"target_modules names {wanted!r}, expected some of {', '.join(sorted(known))}")
+    if model.config.tie_word_embeddings and len(config.modules_to_save) == 1:
+        raise UserError(
+            f"modules_to_save names {config.modules_to_save[0]} alone, but the model's embed_tokens and lm_head are one "
+            f"matrix; name both or neither"
+        )
+    return [name for name in linear if name.rpartition(".")[2] in config.target_modules]
+
+
+def saved_modules(model: Llama, config: LoRAConfig) -> dict[str, nn.Module]:
+    """Name -> module, for those that train whole."""
+    modules = {"model.embed_tokens": model.model["embed_tokens"], "lm_head": model.lm_head}
+    return {name: module for name, module in modules.items() if name.rpartition(".")[2] in config.modules_to_save}
 
 
 def add_lora(model: Llama, config: LoRAConfig) -> None:
     """Freeze the model, put a LoRALinear in place of every target, and make `modules_to_save` train whole, in float32."""
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise UserError("the model has an adapter already; merge it first")
-    targets, saved = find_modules(model, config)
+    targets = find_targets(model, config)
     model.requires_grad_(False)
     for name in targets:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, LoRALinear(model.get_submodule(name), config))
-    for name in saved:  # a copy: the weights of a checkpoint may still be a map of its file
-        module = model.get_submodule(name)
+    for module in saved_modules(model, config).values():  # a copy: the weights may still be a map of the checkpoint's file
         module.weight = nn.Parameter(module.weight.detach().float().clone())
     model.tie_weights()
     model.lora_config = config
@@ -131,8 +148,8 @@ def adapter_tensors(model: Llama) -> dict[str, nn.Parameter]:
         if isinstance(module, LoRALinear):
             tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
             tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
-        elif name.rpartition(".")[2] in model.lora_config.modules_to_save:
-            tensors[f"{PREFIX}{name}.weight"] = module.weight
+    for name, module in saved_modules(model, model.lora_config).items():
+        tensors[f"{PREFIX}{name}.weight"] = module.weight
     return tensors
 
 
@@ -140,12 +157,10 @@ def save_adapter(model: Llama, directory: str | Path, base: str = "") -> None:
     """Write the adapter in PEFT's format. `base` is where its base model lies, for whoever loads it."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    # A tied head is written too, as a copy of its own: safetensors refuses two names for one memory.
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in adapter_tensors(model).items():
-        tensors[name] = tensor.detach().clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+    tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model).items()}
+    if model.config.tie_word_embeddings and f"{PREFIX}lm_head.weight" in tensors:
+        # Written twice, as PEFT does: safetensors refuses two names for one memory.
+        tensors[f"{PREFIX}lm_head.weight"] = tensors[f"{PREFIX}lm_head.weight"].clone()
     checkpoint.write_tensors(directory / "adapter_model.safetensors", tensors)
     config = {**dataclasses.asdict(model.lora_config), "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
               "base_model_name_or_path": base, "inference_mode": True}  # fmt: skip
@@ -159,36 +174,40 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
+    try:
+        find_targets(model, config)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
     file = directory / "adapter_model.safetensors"
     tensors = _plain_names(checkpoint.read_tensors(file))
 
-    # Fit the adapter to a copy of the model's shape, which takes no memory, before the model itself is touched.
+    # Fit the adapter to a plan of the model, which takes no memory, before the model itself is touched.
     with torch.device("meta"):
         plan = Llama(model.config)
+        embed_tokens, lm_head = (tensors.get(f"{PREFIX}{name}.weight") for name in ("model.embed_tokens", "lm_head"))
+        longer = None not in (embed_tokens, lm_head) and len(embed_tokens) > model.config.vocab_size
+        if longer:
+            shape = (len(embed_tokens), model.config.hidden_size)
+            plan.replace_vocabulary(torch.empty(shape), torch.empty(shape))
         add_lora(plan, config)
-    rows = {len(t) for name, t in tensors.items() if name.removesuffix(".weight").endswith(("embed_tokens", "lm_head"))}
     expected = adapter_tensors(plan)
-    odd = sorted(tensors.keys() ^ expected.keys())
-    if odd:
+    if odd := sorted(tensors.keys() ^ expected.keys()):
         found, wanted = ("an extra", "none") if odd[0] in tensors else ("no", "one")
         raise UserError(f"{file}: {len(odd)} tensors differ from the model's: there is {found} {odd[0]!r}, expected {wanted}")
     for name, tensor in tensors.items():
-        shape = list(expected[name].shape)
-        if len(rows) == 1 and name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            shape[0] = min(rows)
-        if list(tensor.shape) != shape or not tensor.is_floating_point():
-            raise UserError(f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected floating point {tuple(shape)}")
-    resized = rows and rows != {model.config.vocab_size}
-    if resized and set(config.modules_to_save) != {"embed_tokens", "lm_head"}:
-        raise UserError(f"{file}: {min(rows)} rows for a base of {model.config.vocab_size}, without both matrices")
+        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            raise UserError(
+                f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected floating point {tuple(expected[name].shape)}"
+            )
+    if model.config.tie_word_embeddings and lm_head is not None and not torch.equal(embed_tokens, lm_head):
+        raise UserError(
+            f"{file}: embed_tokens and lm_head differ, but in the base model they are one matrix, and stay one here"
+        )
 
+    if longer:
+        weight = model.lm_head.weight
+        model.replace_vocabulary(weight.new_empty(shape), weight.new_empty(shape))  # filled below
     add_lora(model, config)
-    if resized:
-        model.config = dataclasses.replace(model.config, vocab_size=min(rows))
-        for module in (model.model["embed_tokens"], model.lm_head):
-            module.weight = nn.Parameter(module.weight.new_empty(min(rows), model.config.hidden_size))
-        model.model["embed_tokens"].num_embeddings = model.lm_head.out_features = min(rows)
-        model.tie_weights()
     with torch.no_grad():
         for name, parameter in adapter_tensors(model).items():
             parameter.copy_(tensors[name])
@@ -213,16 +232,18 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
         "fan_in_fan_out": (False,), "rank_pattern": ({},), "alpha_pattern": ({},), "lora_bias": (False,),
         "layers_to_transform": (None,), "layer_replication": (None,), "trainable_token_indices": (None,),
         "target_parameters": (None, []), "alora_invocation_tokens": (None,), "use_qalora": (False,),
-        "exclude_modules": (None, []),
+        "exclude_modules": (None, []), "init_lora_weights": (True, False, "gaussian"),
     }  # fmt: skip
     for key, accepted in computed.items():
         if key in values and values[key] not in (None, *accepted):
             raise UserError(f"{path}: {key} is {values[key]!r}, expected {accepted[0]!r}: nothing else is implemented")
+    for key in ("r", "lora_alpha", "target_modules"):
+        if key not in values:
+            raise UserError(f"{path}: there is no {key!r}; expected the adapter_config.json of a LoRA adapter")
+    targets, saved = values["target_modules"], values.get("modules_to_save") or []
+    if not isinstance(targets, list) or not isinstance(saved, list):
+        raise UserError(f"{path}: target_modules is {targets!r} and modules_to_save {saved!r}, expected lists of names")
     try:
-        targets, saved = values["target_modules"], values.get("modules_to_save") or []
-        if not isinstance(targets, list) or not isinstance(saved, list):
-            raise UserError(f"{path}: target_modules is {targets!r} and modules_to_save {saved!r}, expected lists of names")
-        return LoRAConfig(values["r"], values["lora_alpha"], values.get("lora_dropout", 0.0),
-                          tuple(sorted(targets)), tuple(sorted(saved)))  # fmt: skip
-    except KeyError as error:
-        raise UserError(f"{path}: there is no {error}; expected the adapter_config.json of a LoRA adapter") from None
+        return LoRAConfig(values["r"], values["lora_alpha"], values.get("lora_dropout", 0.0), tuple(targets), tuple(saved))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -5,7 +5,7 @@ Notable features:
 - grouped-query attention: K key/value heads serve H query heads
 - rotary scaling `linear` and `llama3`, in the spelling of transformers 4 and in that of transformers 5
 - the loss is taken inside `forward`: a caller never holds the logits of a training step
-- mixed dtypes: frozen weights give the compute dtype, trained weights may be float32 and are cast where they are used
+- mixed dtypes: the frozen weights' dtype is computed in; float32 embeddings, head and LoRA are cast where they are used
 
 Parameter names are those of the checkpoint files: `model.layers.0.self_attn.q_proj.weight`, `lm_head.weight`, ...
 Shapes: B batch, T tokens, S tokens already in the cache, D hidden size, H query heads, K key/value heads, V vocabulary.
@@ -131,7 +131,7 @@ def _check_rope_scaling(scaling: dict[str, Any] | None) -> None:
         "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
     }
     rope_type = scaling.get("rope_type")
-    if rope_type not in needed:
+    if not isinstance(rope_type, str) or rope_type not in needed:
         raise UserError(f"rope_type is {rope_type!r}, expected default, linear or llama3")
     for key in needed[rope_type]:
         if type(scaling.get(key)) not in (int, float) or not scaling[key] > 0:
@@ -169,11 +169,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class KVCache:
     """Keys and values of the tokens that a model has seen, for all layers: what incremental decoding need not redo."""
 
-    def __init__(self, config: LlamaConfig, batch_size: int, max_tokens: int, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu"):  # fmt: skip
+    def __init__(self, model: Llama, batch_size: int, max_tokens: int):
+        config, like = model.config, model.model["layers"][0].self_attn.k_proj.weight  # its dtype and device
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_tokens, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
         self.length = 0  # tokens seen, S; `Llama.forward` moves it on after the last layer
         self.max_tokens = max_tokens
 
@@ -276,6 +275,14 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
 
+    def replace_vocabulary(self, embed_tokens: torch.Tensor, lm_head: torch.Tensor) -> None:
+        """Take other matrices, both (V, D), for another number of words V. Where the two are tied the first is taken."""
+        for module, weight in ((self.model["embed_tokens"], embed_tokens), (self.lm_head, lm_head)):
+            module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        self.model["embed_tokens"].num_embeddings = self.lm_head.out_features = len(embed_tokens)
+        self.config = dataclasses.replace(self.config, vocab_size=len(embed_tokens))
+        self.tie_weights()
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """N(0, initializer_range²) for every matrix, zero biases, unit norms: where training from scratch begins."""
@@ -328,10 +335,12 @@ class Llama(nn.Module):
         with torch.device("meta"):
             model = cls(LlamaConfig.from_pretrained(directory))
         missing = {name: parameter.shape for name, parameter in model.named_parameters()}
+        tied_head = None
         for name, tensor in checkpoint.read_weights(directory):
             if name.endswith("rotary_emb.inv_freq"):  # a buffer that old exports hold; it follows from the config
                 continue
-            if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            if name == "lm_head.weight" and model.config.tie_word_embeddings:  # old exports hold the one matrix twice
+                tied_head = tensor.to(device=device, dtype=dtype)
                 continue
             if name not in missing:
                 raise UserError(f"{directory}: the weights hold {name!r}, which the LLaMA of config.json does not have")
@@ -346,6 +355,10 @@ class Llama(nn.Module):
         if missing:
             raise UserError(f"{directory}: the weights lack {len(missing)} tensors, the first is {next(iter(missing))!r}")
         model.tie_weights()
+        if tied_head is not None and not torch.equal(tied_head, model.lm_head.weight):
+            raise UserError(
+                f"{directory}: lm_head.weight is not embed_tokens, which config.json says it is (tie_word_embeddings)"
+            )
         return model
 
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:

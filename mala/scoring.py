@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from mala.cross_entropy import token_nll
+from mala.cross_entropy import IGNORE_INDEX, token_nll
 from mala.model import Llama
 from mala.tokenizer import Tokenizer
 
@@ -34,8 +34,8 @@ def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
 def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str]) -> tuple[list[float], list[int]]:
     """−Σ ln p over all tokens of each document after `<s>`, in nats, and how many tokens these are.
 
-    Softmax and sums are float32. Windows of like length share a batch of at most 4,096 tokens; what fills up a row stands
-    to its right, where causal attention never looks.
+    Softmax and sums are float32. Windows of like length share a batch of at most 4,096 tokens (one row, where a single
+    window is longer); what fills up a row stands to its right, where causal attention never looks.
     """
     was_training = model.training
     model.eval()
@@ -52,13 +52,13 @@ def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str]) -> t
         width = jobs[-1][3] - jobs[-1][1] - 1  # the longest comes last: no batch needs more memory than the first
         batch = [jobs.pop() for _ in range(min(len(jobs), max(1, BATCH_TOKENS // width)))]
         tokens = torch.zeros(len(batch), width, dtype=torch.int64)  # (B, T)
-        targets = torch.full((len(batch), width), -100)  # (B, T)
+        targets = torch.full((len(batch), width), IGNORE_INDEX)  # (B, T)
         for row, (document, start, first, end) in enumerate(batch):
             ids = torch.tensor(encoded[document][start:end])
             tokens[row, : len(ids) - 1] = ids[:-1]
             targets[row, first - start - 1 : len(ids) - 1] = ids[first - start :]
         hidden = model.hidden_states(tokens.to(device))  # (B, T, D)
-        wanted = targets != -100  # (B, T)
+        wanted = targets != IGNORE_INDEX  # (B, T)
         losses = token_nll(hidden[wanted.to(device)], model.lm_head.weight, targets[wanted].to(device))  # (targets,)
         for (document, *_), row_losses in zip(batch, losses.cpu().split(wanted.sum(1).tolist())):
             nll[document] += row_losses.sum().item()

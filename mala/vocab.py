@@ -11,7 +11,6 @@ put end to end are one message: repeated fields are joined, single ones take the
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import struct
 from collections.abc import Iterable, Iterator
@@ -21,11 +20,10 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from mala.checkpoint import atomic_directory, atomic_file
 from mala.cli import ArgumentParser, UserError, run
-from mala.data import Corpus
+from mala.data import Corpus, language_shares
 from mala.model import Llama
 from mala.tokenizer import Tokenizer
 
@@ -37,8 +35,8 @@ def sample(documents: dict[str, list[str]], alpha: float, seed: int) -> Iterator
 
     A language that falls short of its share is repeated, one beyond it is cut to a random choice.
     """
-    weights = np.array([len(texts) for texts in documents.values()], dtype=np.float64) ** alpha
-    counts = np.ceil(weights / weights.sum() * sum(map(len, documents.values()))).astype(int)
+    sizes = [len(texts) for texts in documents.values()]
+    counts = np.ceil(language_shares(sizes, alpha) * sum(sizes)).astype(int)
     rng = np.random.default_rng(seed)
     for texts, count in zip(documents.values(), counts):
         for _ in range(count // len(texts)):
@@ -57,7 +55,9 @@ def train_pieces(documents: Iterable[str], size: int, standalone: bool = False) 
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(documents),
+            # A document may hold several lines, SentencePiece learns from single ones; ▅ it keeps to itself, and drops
+            # every line that holds it.
+            sentence_iterator=(line.replace("▅", " ") for text in documents for line in text.splitlines()),
             model_writer=model,
             model_type="bpe",
             vocab_size=size,
@@ -67,10 +67,10 @@ def train_pieces(documents: Iterable[str], size: int, standalone: bool = False) 
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=2**20,  # bytes; longer lines would be dropped in silence, by default beyond 4,192
+            max_sentence_length=2**30,  # bytes; longer lines would be dropped in silence, by default beyond 4,192
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).rpartition("] ")[2].strip() or str(error)
         raise UserError(f"cannot learn {size} pieces from this corpus: {reason}") from None
     return model.getvalue()
@@ -109,7 +109,10 @@ def segment(base: Tokenizer, pieces: list[str]) -> list[list[int]]:
     a ModelProto is its NormalizerSpec and field 3 of that is `add_dummy_prefix`: appended, the last value (0) counts.
     """
     bare = Tokenizer(base.model + b"\x1a\x02\x18\x00", base.name)
-    return bare.encode_batch([piece.replace(WORD_START, " ") for piece in pieces])
+    segments = bare.encode_batch([piece.replace(WORD_START, " ") for piece in pieces])
+    if not all(segments):
+        raise UserError(f"{base.name}: drops characters (its normalisation is not LLaMA's), so pieces have no segmentation")
+    return segments
 
 
 @torch.no_grad()
@@ -126,13 +129,13 @@ def extend_model(model: Llama, base: Tokenizer, merged: Tokenizer) -> None:
     segments = segment(base, merged.pieces[len(base) :])
     ids = torch.tensor([token for tokens in segments for token in tokens], dtype=torch.int64)
     offsets = torch.tensor([0, *(len(tokens) for tokens in segments)], dtype=torch.int64).cumsum(0)[:-1]
-    for module in (model.model["embed_tokens"], model.lm_head):
-        old = module.weight[: len(base)]  # a checkpoint may hold rows beyond its tokenizer, to pad its shape
-        rows = F.embedding_bag(ids.to(old.device), old.float(), offsets.to(old.device), mode="mean")
-        module.weight = nn.Parameter(torch.cat([old, rows.to(old.dtype)]))
-    model.model["embed_tokens"].num_embeddings = model.lm_head.out_features = len(merged)
-    model.config = dataclasses.replace(model.config, vocab_size=len(merged))
-    model.tie_weights()
+
+    def extended(matrix: torch.Tensor) -> torch.Tensor:
+        old = matrix[: len(base)]  # (V_base, D): a checkpoint may hold rows beyond its tokenizer, to pad its shape
+        rows = F.embedding_bag(ids.to(old.device), old.float(), offsets.to(old.device), mode="mean")  # (V_new, D)
+        return torch.cat([old, rows.to(old.dtype)])
+
+    model.replace_vocabulary(extended(model.model["embed_tokens"].weight), extended(model.lm_head.weight))
 
 
 def save_extended(model: Llama, tokenizer: Tokenizer, directory: Path, replace: bool = False) -> None:
@@ -167,9 +170,11 @@ def main() -> None:
 
     args = parser.parse_args()
     if args.command == "train":
+        if args.size < 1 or args.seed < 0 or args.alpha < 0:
+            raise UserError("--size is a positive number, --seed and --alpha are 0 or more")
         documents = Corpus(args.data, held_out=args.held_out).load("train")
-        model = train_pieces(sample(documents, args.alpha, args.seed), args.size)
-        with atomic_file(args.out, "wb") as file:
+        with atomic_file(args.out, "wb") as file:  # opened first: a wrong path is found before hours of learning
+            model = train_pieces(sample(documents, args.alpha, args.seed), args.size)
             file.write(model)
         print(f"{args.out}: {len(Tokenizer(model)):,} pieces from {len(documents)} languages")
     elif args.command == "merge":
@@ -179,6 +184,8 @@ def main() -> None:
             file.write(merged)
         print(f"{args.out}: {len(base):,} pieces -> {len(Tokenizer(merged)):,}")
     else:
+        if args.out.exists():
+            raise UserError(f"{args.out}: the output folder exists; name another or remove it first")
         base, merged = Tokenizer.from_pretrained(args.model), Tokenizer.from_pretrained(args.tokenizer)
         model = Llama.from_pretrained(args.model)
         extend_model(model, base, merged)

@@ -60,9 +60,9 @@ def main() -> None:
     batches = Batches({"eng_Latn": (len(documents), tokens)}, SEQ_LEN, BATCH_SIZE, STEPS, alpha=1, seed=SEED)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in (bar := trange(STEPS)):
-        progress = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+        scale = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
         for group in optimizer.param_groups:
-            group["lr"] = LR * progress
+            group["lr"] = LR * scale
         inputs, targets, _ = batches[step]
         loss = model(inputs, targets=targets)
         loss.backward()

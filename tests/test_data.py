@@ -51,7 +51,8 @@ def test_every_format_gives_the_same_documents(tmp_path):
 
 def test_tsv_layouts(tmp_path):
     write(tmp_path / "swh_Latn" / "train.tsv", 'index_id\tcategory\ttext\n7\ttravel\tHe said "go\n')
-    write(tmp_path / "swh_Latn" / "test.tsv", "index_id\tcategory\ttext\n8\ttravel\tx\n9\thealth\ty\n")
+    write(tmp_path / "swh_Latn" / "test.tsv", "index_id\tcategory\ttext\n8\ttravel\tx\n\n9\thealth\ty\n\n")
+    write(tmp_path / "swh_Latn" / "README.txt", "no document")
     write(tmp_path / "eng_Latn" / "eng_Latn_train.tsv", "40001001\tFaith\tIn the morning\n")
     corpus = Corpus(tmp_path)
     assert corpus.load("train") == {"eng_Latn": ["In the morning"], "swh_Latn": ['He said "go']}
@@ -59,6 +60,18 @@ def test_tsv_layouts(tmp_path):
     write(tmp_path / "swh_Latn" / "test.tsv", "index_id\tcategory\ttext\n8\ttravel\n")
     with pytest.raises(UserError, match=r"test\.tsv: line 2 has 2 columns, expected 3"):
         corpus.load("test")
+
+
+def test_split_files_of_the_hub(tmp_path):
+    for split in ("train", "validation", "test"):
+        for shard in "01":
+            write(tmp_path / "swh_Latn" / f"{split}-0000{shard}-of-00002.jsonl", json.dumps({"text": split + shard}))
+    corpus = Corpus(tmp_path)
+    assert {s: corpus.documents("swh_Latn", s) for s in ("train", "dev", "test")} == {
+        "train": ["train0", "train1"], "dev": ["validation0", "validation1"], "test": ["test0", "test1"]}  # fmt: skip
+    write(tmp_path / "swh_Latn" / "more.txt", "of no split")
+    with pytest.raises(UserError, match=r"more\.txt: of no split"):
+        corpus = Corpus(tmp_path).load("train")
 
 
 @given(n=st.integers(0, 50), held_out=st.floats(0, 1), most=st.integers(0, 30))
@@ -77,6 +90,8 @@ BAD = {
     "nothing in it": ({"README.md": ""}, r"corpus: no corpus"),
     "only blank": ({"swh_Latn.txt": "\n \n"}, r"corpus: the corpus is empty"),
     "bytes": ({"swh_Latn.txt": b"good\nalso\nbad \xff\n"}, r"swh_Latn\.txt: line 3 is not UTF-8 \(byte 0xff at column 5\)"),
+    "bytes after BOM": ({"swh_Latn.txt": b"\xef\xbb\xbfab\xff\n"}, r"line 1 is not UTF-8 \(byte 0xff at column 6\)"),
+    "half a surrogate": ({"swh_Latn.jsonl": '{"text": "\\ud800"}\n'}, r"swh_Latn\.jsonl: line 1 is not a JSON object"),
     "bytes in gzip": ({"swh_Latn.txt.gz": b"\xff\n"}, r"swh_Latn\.txt\.gz: line 1 is not UTF-8"),
     "no text": ({"swh_Latn.jsonl": '{"text": "a"}\n{"txt": "b"}\n'}, r"swh_Latn\.jsonl: line 2 is not a JSON object"),
     "text is a number": ({"swh_Latn.jsonl": '{"text": 1}\n'}, r"line 1 is not a JSON object with a string"),
@@ -98,6 +113,9 @@ def test_damaged_gzip_and_unknown_names(tmp_path, capsys):
     write(tmp_path / "swh_Latn.txt.gz", "text\n" * 1000)
     whole = (tmp_path / "swh_Latn.txt.gz").read_bytes()
     (tmp_path / "swh_Latn.txt.gz").write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=r"swh_Latn\.txt\.gz: damaged gzip file"):
+        list(read_documents(tmp_path / "swh_Latn.txt.gz"))
+    (tmp_path / "swh_Latn.txt.gz").write_bytes(whole[:20] + b"\xff\xff" + whole[22:])
     with pytest.raises(UserError, match=r"swh_Latn\.txt\.gz: damaged gzip file"):
         list(read_documents(tmp_path / "swh_Latn.txt.gz"))
     write(tmp_path / "swahili.txt", "text\n")

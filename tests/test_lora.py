@@ -163,6 +163,43 @@ def test_an_adapter_over_a_longer_vocabulary_resizes_its_base(base, tokens, tmp_
     assert (model(tokens) - reference(tokens).logits).abs().max() < 1e-4
 
 
+def test_lora_on_all_linear_layers_of_a_block(base, tokens, tmp_path):
+    everything = LoRAConfig(4, 16, 0.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), ())
+    reference = peft_model(base, everything)
+    train(reference, tokens)
+    reference.save_pretrained(tmp_path / "adapter")
+    model = Llama.from_pretrained(base)
+    load_adapter(model, tmp_path / "adapter")
+    assert (model.eval()(tokens) - reference(tokens).logits).abs().max() < 1e-4
+    assert not any(name.endswith("weight") for name in trainable_parameters(model))
+
+
+def test_peft_unties_a_tied_model_and_that_is_refused(tmp_path, tokens):
+    model = Llama(tiny_config(tie_word_embeddings=True))
+    model.init_weights(0)
+    model.save_pretrained(tmp_path / "base")
+    reference = peft_model(tmp_path / "base")
+    train(reference, tokens)
+    reference.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="embed_tokens and lm_head differ"):
+        load_adapter(model, tmp_path / "adapter")
+    with pytest.raises(UserError, match="name both or neither"):
+        add_lora(model, LoRAConfig(modules_to_save=("lm_head",)))
+
+
+def test_recomputation_draws_the_same_dropout(base, tokens):
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = Llama.from_pretrained(base)
+        add_lora(model, LoRAConfig(lora_dropout=0.5))
+        torch.nn.init.normal_(model.model["layers"][0].self_attn.q_proj.lora_B)
+        model.gradient_checkpointing = recompute
+        model(tokens, targets=tokens).backward()
+        gradients.append([parameter.grad for parameter in trainable_parameters(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 def test_a_tied_model_stays_tied(tmp_path, tokens):
     model = Llama(tiny_config(tie_word_embeddings=True))
     model.init_weights(0)
@@ -198,6 +235,11 @@ BAD = {
     "extra": (dict(tensors=lambda t: t.update(x=torch.ones(1))), r"there is an extra 'x'"),
     "width": (dict(tensors=lambda t: t.update({A0: torch.ones(8, 33)})), r"\(8, 33\), expected floating point \(8, 32\)"),
     "dora": (dict(config={"use_dora": True}), r"use_dora is True"),
+    "alpha": (dict(config={"lora_alpha": "32"}), r"adapter_config\.json: lora_alpha is '32'"),
+    "names": (dict(config={"target_modules": ["q_proj", 3]}), r"adapter_config\.json: target_modules"),
+    "pissa": (dict(config={"init_lora_weights": "pissa"}), r"init_lora_weights is 'pissa'"),
+    "head": (dict(config={"target_modules": ["lm_head"]}), r"target_modules names 'lm_head'"),
+    "whole": (dict(config={"modules_to_save": ["down_proj"]}), r"modules_to_save names 'down_proj'"),
     "kind": (dict(config={"peft_type": "IA3"}), r"peft_type is 'IA3'"),
     "bias": (dict(config={"bias": "all"}), r"bias is 'all'"),
     "module": (dict(config={"target_modules": ["query"]}), r"target_modules names 'query', expected some of"),

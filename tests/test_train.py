@@ -58,7 +58,7 @@ def test_the_demo_improves_every_low_resource_language(demo):
 
 def test_metrics_are_one_object_a_logged_step(demo):
     lines = [json.loads(line) for line in (demo[0] / "out/demo/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(10, 161, 10))
+    assert [line["step"] for line in lines] == [*range(10, 161, 10), 167]
     for line in lines:
         assert line.keys() >= {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
         assert line["tokens"] == line["step"] * 16 * 128
@@ -95,6 +95,20 @@ def test_evaluate_finds_the_demo_and_gives_its_figures_again(demo):
     assert len(predictions) == 14 * len(results["languages"])
     swahili = [line["nll"] for line in predictions if line["lang"] == "swh_Latn"]
     assert sum(swahili) / 14 == pytest.approx(results["languages"]["swh_Latn"]["nll_per_document"])
+
+
+def test_evaluate_takes_an_adapter_alone_or_with_a_model(demo, tmp_path):
+    cwd, _ = demo
+    shutil.copytree(cwd / "out/demo/adapter", cwd / "copy")
+    expected = json.loads((cwd / "out/demo/nll.json").read_text())["after"]["languages"]["amh_Ethi"]
+    for args in (["--adapter", "copy"], ["--model", "out/demo", "--adapter", "copy"],
+                 ["--model", "out/demo/base", "--adapter", "copy"], ["--model", "out/demo"]):  # fmt: skip
+        succeed("evaluate.py", *args, "--langs", "amh_Ethi", "--out", tmp_path, cwd=cwd)
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert results["languages"]["amh_Ethi"] == pytest.approx(expected, rel=1e-5) and results["model"] == "out/demo/base"
+    succeed("evaluate.py", "--model", "out/demo/base", "--langs", "amh_Ethi", "--out", tmp_path, cwd=cwd)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["adapter"] is None and results["macro"]["nll_per_document"] > 2 * expected["nll_per_document"]
 
 
 def test_evaluate_looks_where_the_design_says(demo, tmp_path):
@@ -237,7 +251,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(kind, tmp_path, monkeypatc
         small = ["--extend-vocab", "500"] if script == "train.py" else []
         message = refuse(script, ["--langs", "swh_Latn", *small, "--out", tmp_path / "out", *args], monkeypatch)
         assert message.startswith("error: ") and TRAIN_ERRORS[kind] in message
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").exists() and all(file.read_text() == "" for file in tmp_path.glob("file"))
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
@@ -255,9 +269,16 @@ def test_a_setting_that_makes_no_sense_is_refused_and_an_earlier_run_stays(tmp_p
         (["--batch-size", "6", "--micro-batch-size", "4"], "batch_size 6 is not a multiple of micro_batch_size 4"),
         (["--langs", "xxx_Latn"], "there is no language 'xxx_Latn'"),
         (["--target-modules", "query"], "target_modules names 'query'"),
-        (["--target-modules", "lm_head"], "'lm_head' is both in target_modules and in modules_to_save"),
+        (["--target-modules", "lm_head"], "target_modules names 'lm_head'"),
+        (["--target-modules", "", "--modules-to-save", ""], "nothing would train"),
+        (["--epochs", "inf"], "epochs is inf, expected a positive number"),
+        (["--seed", "-1"], "seed is -1, expected a number from 0"),
         (["--modules-to-save", "head"], "modules_to_save names 'head'"),
         (["--extend-vocab", "900000"], "cannot learn 900000 pieces"),
+        (["--model", tmp_path / "out/base"], "out/base: lies in --out"),
+        (["--data", tmp_path / "out/base"], "out/base: lies in --out"),
+        ([], "out: the folder holds something that is no result of train.py"),
+        (["--dtype", "float16"], "invalid choice: 'float16'"),
         (["--r", "0"], "r is 0, expected a positive whole number"),
     ]:
         assert message in refuse("train.py", ["--out", tmp_path / "out", *args], monkeypatch)

@@ -1,5 +1,7 @@
 """mala.vocab: merging against SentencePiece's own protobuf classes, new rows against a plain loop."""
 
+import sys
+
 import pytest
 import sentencepiece
 import torch
@@ -10,7 +12,7 @@ from mala.cli import UserError
 from mala.data import Corpus
 from mala.model import Llama
 from mala.tokenizer import Tokenizer
-from mala.vocab import extend_model, merge, sample, save_extended, segment, train_pieces
+from mala.vocab import extend_model, main, merge, sample, save_extended, segment, train_pieces
 
 TINY = ROOT / "assets/tiny-llama"
 DEMO = Corpus(ROOT / "assets/demo/sib200").load("train")
@@ -77,6 +79,8 @@ def test_training_is_deterministic_and_learns_text_as_it_stands(new):
     assert proto.normalizer_spec.name == "identity" and proto.trainer_spec.character_coverage == 1.0
     long = Tokenizer(train_pieces(["ab " * 5000, "cd"], 12))  # a line beyond SentencePiece's own limit is not dropped
     assert "▁ab" in long.pieces
+    odd = Tokenizer(train_pieces(["ab ab\ncd cd", "▅ ef ef"], 18))  # lines of one document, SentencePiece's own character
+    assert not any("\n" in piece for piece in odd.pieces) and {"▁ab", "▁cd", "▁ef"} <= set(odd.pieces)
 
 
 def test_alpha_sampling_shares():
@@ -89,12 +93,12 @@ def test_alpha_sampling_shares():
 
 
 def test_segments_are_the_pieces_own_text(base):
-    pieces = ["▁mountain", "mountain", "▁", "▁▁x", "ጤና", "▁ጤና", "a▁b"]
+    pieces = ["▁mountain", "mountain", "▁", "▁▁x", "a▁b"]
     for piece, ids in zip(pieces, segment(base, pieces)):
-        assert "".join(base.processor.id_to_piece(i) for i in ids if not base.processor.is_byte(i)) == (
-            piece if not any(map(base.processor.is_byte, ids)) else piece.replace("ጤና", "")
-        )
-    assert base.decode(segment(base, ["▁ጤና"])[0]).strip() == "ጤና"
+        assert "".join(base.processor.id_to_piece(i) for i in ids) == piece
+    health = [f"<0x{byte:02X}>" for byte in "ጤና".encode()]
+    for piece, expected in (("ጤና", health), ("▁ጤና", ["▁", *health])):
+        assert [base.processor.id_to_piece(i) for i in segment(base, [piece])[0]] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,3 +155,26 @@ def test_a_merged_model_loads_in_sentencepiece_and_transformers(base, new, tmp_p
     # Not their ids: transformers 5 rebuilds the merges and, where a base piece and a new one share a score, orders them
     # otherwise than SentencePiece does.
     assert theirs.convert_ids_to_tokens(range(len(ours))) == ours.pieces
+
+
+def test_the_command_line_from_corpus_to_checkpoint(base, new, tmp_path, monkeypatch, capsys):
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["mala.vocab", *map(str, args)])
+        main()
+
+    data = ROOT / "assets/demo/sib200"
+    call("train", "--data", data, "--size", 3000, "--out", tmp_path / "new.model")
+    assert (tmp_path / "new.model").read_bytes() == new.model
+    call("merge", "--base", TINY, "--new", tmp_path / "new.model", "--out", tmp_path / "merged.model")
+    assert (tmp_path / "merged.model").read_bytes() == merge(base, new)
+    call("extend", "--model", TINY, "--tokenizer", tmp_path / "merged.model", "--out", tmp_path / "extended")
+    model = Llama.from_pretrained(TINY)
+    extend_model(model, base, Tokenizer(merge(base, new)))
+    extended = Llama.from_pretrained(tmp_path / "extended")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), extended.parameters()))
+    assert Tokenizer.from_pretrained(tmp_path / "extended").model == merge(base, new)
+    with pytest.raises(UserError, match="extended: the output folder exists"):
+        call("extend", "--model", TINY, "--tokenizer", tmp_path / "merged.model", "--out", tmp_path / "extended")
+    with pytest.raises(UserError, match="--size"):
+        call("train", "--data", data, "--out", tmp_path / "other.model")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["extended", "merged.model", "new.model"]
