@@ -29,7 +29,7 @@ from mala.lora import LoRAConfig, add_lora, find_targets, save_adapter, trainabl
 from mala.model import Llama
 from mala.scoring import nll_by_language
 from mala.tokenizer import Tokenizer
-from mala.vocab import extend_model, merge, sample, save_extended, train_pieces
+from mala.vocab import continue_merges, extend_model, merge, sample, save_extended, train_pieces
 
 ROOT = Path(__file__).resolve().parent
 
@@ -45,6 +45,8 @@ class Settings:
     max_held_out: int = option(1000, "at most this many of them a language")
 
     extend_vocab: int = option(4000, "learn this many pieces and add those that the tokenizer lacks; 0: keep the vocabulary")
+    vocab_method: str = option("union", "union: learn a model of that size and add what is new, as MaLA-500; continue: add "
+                               "that many further merges", choices=("union", "continue"))  # fmt: skip
     r: int = option(8, "LoRA rank")
     lora_alpha: float = option(32.0, "LoRA scale, divided by the rank")
     lora_dropout: float = option(0.1, "dropout before LoRA's A")
@@ -109,8 +111,11 @@ def main() -> None:
     train_documents, test_documents = corpus.load("train"), corpus.load("test")
     tokenizer = base_tokenizer
     if settings.extend_vocab:
-        new = Tokenizer(train_pieces(sample(train_documents, settings.alpha, settings.seed), settings.extend_vocab))
-        tokenizer = Tokenizer(merge(base_tokenizer, new))
+        text = sample(train_documents, settings.alpha, settings.seed)
+        if settings.vocab_method == "union":
+            tokenizer = Tokenizer(merge(base_tokenizer, Tokenizer(train_pieces(text, settings.extend_vocab))))
+        else:
+            tokenizer = Tokenizer(continue_merges(base_tokenizer, text, settings.extend_vocab))
 
     streams = {
         language: (len(documents), pack(tokenizer, documents))

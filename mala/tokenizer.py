@@ -53,6 +53,13 @@ class Tokenizer:
     def pieces(self) -> list[str]:
         return [self.processor.id_to_piece(i) for i in range(len(self))]
 
+    def scores(self) -> dict[str, float]:
+        """Piece -> score of all that text is made of: no control, unknown or byte pieces. In a BPE the higher merges first."""
+        is_other = (self.processor.is_control, self.processor.is_unknown, self.processor.is_byte)
+        return {
+            piece: self.processor.get_score(i) for i, piece in enumerate(self.pieces) if not any(check(i) for check in is_other)
+        }
+
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Token ids of one text, after `<s>` if `bos`. A `<s>` inside the text is text, never the control token."""
         return self.processor.encode(text, add_bos=bos)

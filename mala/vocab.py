@@ -2,6 +2,7 @@
 
     python -m mala.vocab train  --data CORPUS --size 250000 --out new.model
     python -m mala.vocab merge  --base tokenizer.model --new new.model --out merged.model
+    python -m mala.vocab merge  --method continue --base tokenizer.model --data CORPUS --size 16000 --out merged.model
     python -m mala.vocab extend --model BASE --tokenizer merged.model --out DIR
 
 A `tokenizer.model` is a serialized protobuf message `ModelProto { repeated SentencePiece pieces = 1; ... }` with
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,13 +23,12 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
+from mala.bpe import WORD_START, learn_pieces, merge_symbols
 from mala.checkpoint import atomic_directory, atomic_file
 from mala.cli import ArgumentParser, UserError, run
 from mala.data import Corpus, language_shares
 from mala.model import Llama
 from mala.tokenizer import Tokenizer
-
-WORD_START = "▁"  # how SentencePiece writes a space
 
 
 def sample(documents: dict[str, list[str]], alpha: float, seed: int) -> Iterator[str]:
@@ -79,16 +80,19 @@ def train_pieces(documents: Iterable[str], size: int, standalone: bool = False) 
 def merge(base: Tokenizer, new: Tokenizer) -> bytes:
     """The base's pieces, ids and scores unchanged; then each piece of `new` that the base lacks, with its score.
 
-    Control, unknown and byte pieces of `new` are left out: those of a LLaMA tokenizer stay the base's.
+    Control, unknown and byte pieces of `new` are left out: those of a LLaMA tokenizer stay the base's. This is MaLA-500's
+    procedure; it leaves pieces that no text produces, which `continue_merges` does not.
     """
     known = set(base.pieces)
+    return append_pieces(base, {piece: score for piece, score in new.scores().items() if piece not in known})
+
+
+def append_pieces(base: Tokenizer, scores: dict[str, float]) -> bytes:
+    """The base's ModelProto with further pieces, in order, each of type NORMAL (the default, so not written)."""
     model = bytearray(base.model)
-    processor = new.processor
-    for i, piece in enumerate(new.pieces):
-        if piece in known or processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i):
-            continue
+    for piece, score in scores.items():
         text = piece.encode()
-        message = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", processor.get_score(i))
+        message = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", score)
         model += b"\x0a" + _varint(len(message)) + message
     return bytes(model)
 
@@ -100,6 +104,32 @@ def _varint(value: int) -> bytes:
         encoded.append(value & 127 | 128)
         value >>= 7
     return bytes([*encoded, value])
+
+
+def continue_merges(base: Tokenizer, documents: Iterable[str], size: int) -> bytes:
+    """`merge --method continue`: at most `size` pieces learnt on top of the base's own merges (see mala/bpe.py).
+
+    Each is scored below every base piece and below the one before. Raises UserError where the base is no BPE model, and
+    where the text yields fewer pieces.
+    """
+    counts = Counter(WORD_START + word for text in documents for word in text.split(" ") if word)
+    known = base.scores()
+    symbols = {}
+    for word, ids in zip(counts, segment(base, list(counts))):
+        # What falls back to bytes is, to the merges, a character like others: only at the end does it become bytes.
+        spelt = "".join("\0" if base.processor.is_byte(i) else "\1" * len(base.processor.id_to_piece(i)) for i in ids)
+        symbols[word] = merge_symbols(list(word), known)
+        if len(spelt.replace("\0", "")) != sum(len(symbol) for symbol in symbols[word] if symbol in known):
+            raise UserError(f"{base.name}: segments {word!r} otherwise than its scores say; continue takes a BPE model as base")
+    pieces = learn_pieces(counts, symbols, known, size)
+    if len(pieces) < size:
+        raise UserError(f"cannot learn {size} pieces from this corpus: it yields {len(pieces)}; ask for as many")
+    score, scores = np.float32(min(known.values())), {}
+    for piece in pieces:
+        # Trap: LLaMA 2 scores its runs of spaces -1e9, and there float32 goes in steps of 64: -1e9 - 1 is -1e9.
+        score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
+        scores[piece] = float(score)
+    return append_pieces(base, scores)
 
 
 def segment(base: Tokenizer, pieces: list[str]) -> list[list[int]]:
@@ -157,9 +187,16 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--out", type=Path, required=True, help="the model file to write")
 
-    command = commands.add_parser("merge", help="add the pieces of a new model to a base model")
+    command = commands.add_parser("merge", help="add pieces to a base model")
     command.add_argument("--base", required=True, help="tokenizer.model of the checkpoint, or its folder")
-    command.add_argument("--new", required=True, help="the model whose pieces are added")
+    method = "union: the pieces of --new, as MaLA-500 did; continue: further merges, learnt on --data [union]"
+    command.add_argument("--method", choices=["union", "continue"], default="union", help=method)
+    command.add_argument("--new", help="union: the model whose pieces are added")
+    command.add_argument("--data", help="continue: a corpus folder; its train split is read")
+    command.add_argument("--size", type=int, help="continue: number of pieces to add")
+    command.add_argument("--alpha", type=float, default=0.3, help="continue: languages are sampled by n^alpha [0.3]")
+    command.add_argument("--held-out", type=float, default=0.2, help="continue: last share of each language not read [0.2]")
+    command.add_argument("--seed", type=int, default=0)
     command.add_argument("--out", type=Path, required=True, help="the model file to write")
 
     command = commands.add_parser("extend", help="resize a checkpoint to a merged vocabulary")
@@ -179,7 +216,15 @@ def main() -> None:
         print(f"{args.out}: {len(Tokenizer(model)):,} pieces from {len(documents)} languages")
     elif args.command == "merge":
         base = Tokenizer.from_pretrained(args.base)
-        merged = merge(base, Tokenizer.from_pretrained(args.new))
+        if args.method == "union":
+            if not args.new or args.data or args.size:
+                raise UserError("--method union takes --new, and neither --data nor --size")
+            merged = merge(base, Tokenizer.from_pretrained(args.new))
+        else:
+            if not args.data or not args.size or args.size < 1 or args.new:
+                raise UserError("--method continue takes --data and a positive --size, and no --new")
+            documents = Corpus(args.data, held_out=args.held_out).load("train")
+            merged = continue_merges(base, sample(documents, args.alpha, args.seed), args.size)
         with atomic_file(args.out, "wb") as file:
             file.write(merged)
         print(f"{args.out}: {len(base):,} pieces -> {len(Tokenizer(merged)):,}")

@@ -146,7 +146,9 @@ def test_accumulation_and_recomputation_change_no_loss(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
 
 
-def test_without_extension_in_bfloat16_by_epochs(tmp_path):
+def test_continued_vocabulary_and_without_extension_in_bfloat16_by_epochs(tmp_path):
+    succeed("train.py", *SHORT, "--vocab-method", "continue", "--extend-vocab", "400", "--out", tmp_path / "continue")
+    assert len(Tokenizer.from_pretrained(tmp_path / "continue/base")) == 2048 + 400
     (tmp_path / "recipe.toml").write_text('langs = ["swh_Latn"]\nextend_vocab = 0\nepochs = 1.5\ndtype = "bfloat16"\n')
     done = succeed(
         "train.py", "--config", tmp_path / "recipe.toml", "--seq-len", 64, "--batch-size", 2, "--out", tmp_path / "o"

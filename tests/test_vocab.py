@@ -12,7 +12,7 @@ from mala.cli import UserError
 from mala.data import Corpus
 from mala.model import Llama
 from mala.tokenizer import Tokenizer
-from mala.vocab import extend_model, main, merge, sample, save_extended, segment, train_pieces
+from mala.vocab import continue_merges, extend_model, main, merge, sample, save_extended, segment, train_pieces
 
 TINY = ROOT / "assets/tiny-llama"
 DEMO = Corpus(ROOT / "assets/demo/sib200").load("train")
@@ -173,6 +173,15 @@ def test_the_command_line_from_corpus_to_checkpoint(base, new, tmp_path, monkeyp
     extended = Llama.from_pretrained(tmp_path / "extended")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), extended.parameters()))
     assert Tokenizer.from_pretrained(tmp_path / "extended").model == merge(base, new)
+    call("merge", "--method", "continue", "--base", TINY, "--data", data, "--size", 500, "--out", tmp_path / "merged.model")
+    assert (tmp_path / "merged.model").read_bytes() == continue_merges(base, sample(DEMO, 0.3, 0), 500)
+    for wrong in (
+        ["--method", "continue", "--new", tmp_path / "new.model"],
+        [],
+        ["--new", tmp_path / "new.model", "--size", 3],
+    ):
+        with pytest.raises(UserError, match="--method"):
+            call("merge", "--base", TINY, *wrong, "--out", tmp_path / "other.model")
     with pytest.raises(UserError, match="extended: the output folder exists"):
         call("extend", "--model", TINY, "--tokenizer", tmp_path / "merged.model", "--out", tmp_path / "extended")
     with pytest.raises(UserError, match="--size"):

@@ -1,0 +1,122 @@
+"""mala.bpe against SentencePiece's encoder, a slow learner that counts everything anew, and transformers."""
+
+from collections import Counter
+
+import pytest
+from conftest import ROOT, SHARED, needs_shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mala.bpe import joinable, learn_pieces, merge_symbols
+from mala.cli import UserError
+from mala.data import Corpus
+from mala.tokenizer import Tokenizer
+from mala.vocab import append_pieces, continue_merges, merge, sample, segment, train_pieces
+
+BASE = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
+KNOWN = BASE.scores()
+DEMO = Corpus(ROOT / "assets/demo/sib200").load("train")
+
+
+def learn_slowly(words, symbols, known, size):
+    """The definition: recount all savings before each piece."""
+    scores, state, learnt = dict(known), dict(symbols), []
+    while len(learnt) < size:
+        savings = Counter()
+        for word, count in words.items():
+            for symbol in state[word]:
+                if symbol not in scores:
+                    savings[symbol] += (len(symbol.encode()) - 1) * count
+            for left, right in zip(state[word], state[word][1:]):
+                if left in scores and right in scores and len(left + right) <= 16 and joinable(left, right):
+                    savings[left + right] += count
+        if not savings or max(savings.values()) < 2:
+            break
+        learnt.append(min(savings, key=lambda piece: (-savings[piece], piece)))
+        scores[learnt[-1]] = min(known.values()) - len(learnt)
+        state = {word: merge_symbols(old, scores) for word, old in state.items()}
+    return learnt
+
+
+texts = st.lists(st.text(alphabet="abcdeéጤና ", min_size=1, max_size=12), min_size=1, max_size=12)
+
+
+@given(texts=texts, size=st.integers(1, 30))
+@settings(deadline=None, max_examples=100)
+def test_pieces_are_those_of_the_slow_learner_and_all_can_occur(texts, size):
+    words = Counter("▁" + word for text in texts for word in text.split(" ") if word)
+    symbols = {word: merge_symbols(list(word), KNOWN) for word in words}
+    pieces = learn_pieces(words, symbols, KNOWN, size)
+    assert pieces == learn_slowly(words, symbols, KNOWN, size)
+    merged = Tokenizer(append_pieces(BASE, {piece: min(KNOWN.values()) - i for i, piece in enumerate(pieces, 1)}))
+    for i, piece in enumerate(pieces, len(BASE)):
+        text = "\n" + piece.replace("▁", " ")  # a newline is a byte in this model and merges with nothing
+        assert i in merged.encode(text), piece
+    for text in texts:  # SentencePiece encodes as merge_symbols does
+        word = "▁" + text.split(" ")[0]
+        pieces_of_word = [s if s in merged.scores() else None for s in merge_symbols(list(word), merged.scores())]
+        encoded = [merged.processor.id_to_piece(i) for i in segment(merged, [word])[0]]
+        assert [p for p in encoded if not p.startswith("<0x")] == [p for p in pieces_of_word if p]
+
+
+def unreachable(merged: Tokenizer, added: range) -> int:
+    """Pieces that do not come out even when their very text stands alone: then no text around them can bring them out."""
+    pieces = merged.pieces
+    return sum(row != [i] for i, row in zip(added, segment(merged, [pieces[i] for i in added])))
+
+
+def test_continue_leaves_no_unreachable_piece_and_fewer_tokens_than_the_union():
+    union = Tokenizer(merge(BASE, Tokenizer(train_pieces(sample(DEMO, 0.3, 0), 3000))))
+    continued = Tokenizer(continue_merges(BASE, sample(DEMO, 0.3, 0), len(union) - len(BASE)))
+    assert len(continued) == len(union) and continued.pieces[: len(BASE)] == BASE.pieces
+    assert unreachable(continued, range(len(BASE), len(continued))) == 0 < unreachable(union, range(len(BASE), len(union)))
+    scores = [continued.processor.get_score(i) for i in range(len(BASE), len(continued))]
+    assert scores == [min(KNOWN.values()) - i for i in range(1, len(scores) + 1)]
+
+    def tokens_per_word(tokenizer):
+        rates = [sum(map(len, tokenizer.encode_batch(d))) / len(" ".join(d).split()) for d in DEMO.values()]
+        return sum(rates) / len(rates)
+
+    assert tokens_per_word(continued) <= tokens_per_word(union)
+    for documents in DEMO.values():
+        assert [continued.decode(row) for row in continued.encode_batch(documents)] == documents
+
+
+@needs_shared
+def test_continue_on_the_official_model_gives_transformers_ids(tmp_path):
+    """Unlike a union's: no two pieces share a score, so transformers' list of merges has one order."""
+    import transformers
+
+    official = Tokenizer.from_pretrained(SHARED / "llama2")
+    corpus = Corpus(SHARED / "udhr", languages=("amh_Ethi", "ewe_Latn", "guj_Gujr", "swh_Latn", "tat_Cyrl"), held_out=0)
+    documents = corpus.load("train")
+    merged = continue_merges(official, sample(documents, 0.3, 0), 1000)
+    assert unreachable(Tokenizer(merged), range(32000, 33000)) == 0
+    scores = list(Tokenizer(merged).scores().values())
+    assert all(a > b for a, b in zip(scores[-1000:], scores[-999:])) and scores[-1000] < min(scores[:-1000])
+    (tmp_path / "tokenizer.model").write_bytes(merged)
+    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path, legacy=True, add_bos_token=False)
+    ours = Tokenizer(merged)
+    for texts in documents.values():
+        for text in texts:
+            assert ours.encode(text) == theirs(text).input_ids
+            assert ours.decode(ours.encode(text)) == text
+
+
+def test_old_text_keeps_its_ids_where_no_new_piece_is_needed():
+    merged = Tokenizer(continue_merges(BASE, DEMO["amh_Ethi"], 200))
+    assert [merged.encode(text) for text in DEMO["eng_Latn"]] == [BASE.encode(text) for text in DEMO["eng_Latn"]]
+
+
+def test_errors():
+    with pytest.raises(UserError, match=r"it yields \d+; ask for as many"):
+        continue_merges(BASE, ["moja mbili"] * 3, 10_000)
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(DEMO["eng_Latn"] * 20), model_writer=model, vocab_size=120,
+        model_type="unigram", byte_fallback=False, normalization_rule_name="identity", minloglevel=2)  # fmt: skip
+    with pytest.raises(UserError, match="continue takes a BPE model as base"):
+        continue_merges(Tokenizer(model.getvalue(), "unigram.model"), DEMO["eng_Latn"], 10)
