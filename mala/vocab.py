@@ -116,10 +116,10 @@ def continue_merges(base: Tokenizer, documents: Iterable[str], size: int) -> byt
     known = base.scores()
     symbols = {}
     for word, ids in zip(counts, segment(base, list(counts))):
-        # What falls back to bytes is, to the merges, a character like others: only at the end does it become bytes.
-        spelt = "".join("\0" if base.processor.is_byte(i) else "\1" * len(base.processor.id_to_piece(i)) for i in ids)
+        # To the merges a character that falls back to bytes is one symbol: it becomes bytes only after them.
         symbols[word] = merge_symbols(list(word), known)
-        if len(spelt.replace("\0", "")) != sum(len(symbol) for symbol in symbols[word] if symbol in known):
+        encoded = [base.processor.id_to_piece(i) for i in ids]
+        if [piece for piece in encoded if piece in known] != [symbol for symbol in symbols[word] if symbol in known]:
             raise UserError(f"{base.name}: segments {word!r} otherwise than its scores say; continue takes a BPE model as base")
     pieces = learn_pieces(counts, symbols, known, size)
     if len(pieces) < size:
