@@ -25,11 +25,12 @@ from tqdm import tqdm
 from mala.checkpoint import atomic_directory, write_json
 from mala.cli import UserError, choose_device, option, parse, print_table, run
 from mala.data import Batches, Corpus, pack
+from mala.extend import INITS, extend_model, save_extended
 from mala.lora import LoRAConfig, add_lora, find_targets, save_adapter, trainable_parameters
 from mala.model import Llama
 from mala.scoring import nll_by_language
 from mala.tokenizer import Tokenizer
-from mala.vocab import continue_merges, extend_model, merge, sample, save_extended, train_pieces
+from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
 
 ROOT = Path(__file__).resolve().parent
 
@@ -47,6 +48,7 @@ class Settings:
     extend_vocab: int = option(4000, "learn this many pieces and add those that the tokenizer lacks; 0: keep the vocabulary")
     vocab_method: str = option("union", "union: learn a model of that size and add what is new, as MaLA-500; continue: add "
                                "that many further merges", choices=("union", "continue"))  # fmt: skip
+    init: str = option("subtokens", "how the rows of new pieces start, see mala/extend.py", choices=tuple(INITS))
     r: int = option(8, "LoRA rank")
     lora_alpha: float = option(32.0, "LoRA scale, divided by the rank")
     lora_dropout: float = option(0.1, "dropout before LoRA's A")
@@ -111,11 +113,11 @@ def main() -> None:
     train_documents, test_documents = corpus.load("train"), corpus.load("test")
     tokenizer = base_tokenizer
     if settings.extend_vocab:
-        text = sample(train_documents, settings.alpha, settings.seed)
+        words = count_words(sample(train_documents, settings.alpha, settings.seed))
         if settings.vocab_method == "union":
-            tokenizer = Tokenizer(merge(base_tokenizer, Tokenizer(train_pieces(text, settings.extend_vocab))))
+            tokenizer = Tokenizer(merge(base_tokenizer, Tokenizer(train_pieces(words, settings.extend_vocab))))
         else:
-            tokenizer = Tokenizer(continue_merges(base_tokenizer, text, settings.extend_vocab))
+            tokenizer = Tokenizer(continue_merges(base_tokenizer, words, settings.extend_vocab))
 
     streams = {
         language: (len(documents), pack(tokenizer, documents))
@@ -131,7 +133,8 @@ def main() -> None:
 
     # A row in embed_tokens and lm_head for each new piece.
     if settings.extend_vocab:
-        extend_model(model, base_tokenizer, tokenizer)
+        drawn = sample(train_documents, settings.alpha, settings.seed)
+        extend_model(model, base_tokenizer, tokenizer, settings.init, settings.seed, drawn)
         base = out / "base"
         save_extended(model, tokenizer, base)
 

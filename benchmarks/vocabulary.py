@@ -2,8 +2,7 @@
 
     python benchmarks/vocabulary.py --base tokenizer.model --data CORPUS [--sizes 8000,32000] [--json FILE]
 
-Both learn from the first 80 % of each language's documents. Fertility is tokens per word between spaces, the mean over the
-languages; a piece is unreachable if no text encodes to it (see mala/bpe.py).
+Both learn from the first 80 % of each language's documents; fertility and unreachable pieces are those of mala/report.py.
 """
 
 import argparse
@@ -16,55 +15,52 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mala.cli import print_table, run
 from mala.data import Corpus
+from mala.report import compare
 from mala.tokenizer import Tokenizer
-from mala.vocab import continue_merges, merge, sample, segment, train_pieces
-
-
-def fertility(tokenizer: Tokenizer, documents: dict[str, list[str]]) -> float:
-    rates = [
-        sum(map(len, tokenizer.encode_batch(texts))) / sum(len(text.split()) for text in texts) for texts in documents.values()
-    ]
-    return sum(rates) / len(rates)
-
-
-def unreachable(merged: Tokenizer, first: int) -> int:
-    segments = segment(merged, merged.pieces[first:])
-    return sum(ids != [piece] for piece, ids in enumerate(segments, first))
+from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--sizes", default="8000,32000")
+    parser.add_argument("--sizes", default="8000,32000", help="pieces of the new model of the union")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     base, corpus = Tokenizer.from_pretrained(args.base), Corpus(args.data)
-    train, test = corpus.load("train"), corpus.load("test")
-    every = {language: train[language] + test.get(language, []) for language in train}
-    results = [{"method": "base", "added": 0, "unreachable": 0, "fertility": fertility(base, every),
-                "held_out": fertility(base, test), "seconds": 0.0}]  # fmt: skip
+    every, held_out = Corpus(args.data, held_out=1).stream("test"), corpus.load("test")
+    start = time.perf_counter()
+    words = count_words(sample(corpus.stream("train"), 0.3, seed=0))
+    print(f"{len(words):,} distinct words counted in {time.perf_counter() - start:.0f} s")
+
+    rows = []
     for size in map(int, args.sizes.split(",")):
         added = 0
         for method in ("union", "continue"):
             start = time.perf_counter()
-            documents = sample(train, 0.3, seed=0)
             if method == "union":
-                merged = Tokenizer(merge(base, Tokenizer(train_pieces(documents, size))))
+                merged = Tokenizer(merge(base, Tokenizer(train_pieces(words, size))))
                 added = len(merged) - len(base)
             else:
-                merged = Tokenizer(continue_merges(base, documents, added))
-            results.append({"method": method, "added": len(merged) - len(base), "unreachable": unreachable(merged, len(base)),
-                            "fertility": fertility(merged, every), "held_out": fertility(merged, test),
-                            "seconds": time.perf_counter() - start})  # fmt: skip
+                merged = Tokenizer(continue_merges(base, words, added))
+            seconds = time.perf_counter() - start
+            report, unseen = compare(base, merged, every), compare(base, merged, held_out)
+            if not rows:
+                rows.append({"method": "base", "new": 0, "seconds": 0.0, **report["pieces"], "added": 0, "unreachable_added": 0,
+                             "fertility": report["macro"]["base"]["fertility"],
+                             "held_out": unseen["macro"]["base"]["fertility"]})  # fmt: skip
+            rows.append({"method": method, "seconds": seconds, **report["pieces"],
+                         "fertility": report["macro"]["new"]["fertility"],
+                         "held_out": unseen["macro"]["new"]["fertility"]})  # fmt: skip
     print_table(
-        ("method", "added pieces", "unreachable", "fertility, all text", "held-out text", "seconds"),
-        [(r["method"], f"{r['added']:,}", f"{r['unreachable']:,}", f"{r['fertility']:.3f}", f"{r['held_out']:.3f}",
-          f"{r['seconds']:.0f}") for r in results],
+        ("method", "added", "unreachable", "of the base", "fertility, all text", "held-out text", "seconds to learn"),
+        [(r["method"], f"{r['added']:,}", f"{r['unreachable_added']:,}",
+          f"{r['unreachable_new'] - r['unreachable_added'] if r['added'] else r['unreachable_base']:,}",
+          f"{r['fertility']:.3f}", f"{r['held_out']:.3f}", f"{r['seconds']:.1f}") for r in rows],
     )  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

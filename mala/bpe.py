@@ -19,7 +19,8 @@ from functools import cache
 
 from tqdm import tqdm
 
-WORD_START = "▁"  # how SentencePiece writes a space
+from mala.tokenizer import WORD_START
+
 MAX_PIECE = 16  # characters, SentencePiece's own limit
 
 

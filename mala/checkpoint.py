@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,11 +24,14 @@ from mala.cli import UserError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 1000**3  # as transformers cuts
+COPY_BYTES = 2**24  # at a time: large enough for the speed of the disk
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a file beside `path` to write to; it takes its place when the block ends, and is gone if the block raises."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, expected the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.touch()
@@ -102,12 +105,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every (name, tensor) of a safetensors file; the tensors are views of a memory map, paged in when touched."""
+def read_tensors(file: Path, only: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor) of a safetensors file, or of `only` those names that it holds; the tensors are views of a memory
+    map, paged in when touched."""
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
+                if not only or name in only:
+                    yield name, tensors.get_tensor(name)
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; download the checkpoint again, in safetensors format") from None
     except SafetensorError as error:
@@ -116,14 +121,51 @@ def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (name, tensor) of a model folder: `model.safetensors`, or the shards that its index names."""
+    for file in weight_files(directory):
+        yield from read_tensors(file)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """`model.safetensors` of a model folder, or the shards that its index names."""
     if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
-        yield from read_tensors(directory / WEIGHTS)
-        return
+        return [directory / WEIGHTS]
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{directory / INDEX}: no 'weight_map' from tensor names to files; download it again")
-    for shard in sorted(set(weight_map.values())):
-        yield from read_tensors(directory / shard)
+    return [directory / shard for shard in sorted(set(weight_map.values()))]
+
+
+def rewrite_tensors(source: Path, target: Path, changed: dict[str, torch.Tensor]) -> None:
+    """Copy a safetensors file, with other tensors of the same dtype in place of those in `changed`.
+
+    The others are copied as bytes and never loaded. A safetensors file is the length of its header (8 bytes, little-endian),
+    the header, JSON that gives for each tensor its dtype, shape and place, and the tensors' bytes, one after the other
+    (github.com/huggingface/safetensors, "Format").
+    """
+    with open(source, "rb") as old, open(target, "wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        data = old.tell()
+        metadata = {"__metadata__": header.pop("__metadata__")} if "__metadata__" in header else {}
+        order = sorted(header, key=lambda name: header[name]["data_offsets"])
+        new_header, end = {}, 0
+        for name in order:
+            start, stop = header[name]["data_offsets"]
+            shape, size = header[name]["shape"], stop - start
+            if name in changed:
+                shape, size = list(changed[name].shape), changed[name].nbytes
+            new_header[name] = {"dtype": header[name]["dtype"], "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        encoded = json.dumps({**metadata, **new_header}, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8 bytes
+        new.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in order:
+            if name in changed:
+                new.write(changed[name].detach().cpu().contiguous().view(torch.uint8).numpy())
+                continue
+            start, stop = header[name]["data_offsets"]
+            old.seek(data + start)
+            for left in range(stop - start, 0, -COPY_BYTES):
+                new.write(old.read(min(left, COPY_BYTES)))
 
 
 def write_weights(directory: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

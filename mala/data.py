@@ -16,6 +16,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class Corpus:
             self.files = {language: self.files[language] for language in sorted(set(languages))}
         self.languages = list(self.files)
 
-    def documents(self, language: str, split: str) -> list[str]:
+    def documents(self, language: str, split: str) -> Documents:
         """The documents of one language in one split ("train", "dev", "test"), blank ones left out; maybe none."""
         files = self.files[language]
         splits = [_split_of(file) for file in files]
@@ -61,21 +62,45 @@ class Corpus:
             if not all(splits):
                 odd = files[splits.index(None)]
                 raise UserError(f"{odd}: of no split, but files beside it are; expected all or none named train, dev or test")
-            return [text for file in files if _split_of(file) == split for text in read_documents(file)]
-        documents = [text for file in files for text in read_documents(file)]
-        kept = 0
+            return Documents([file for file in files if _split_of(file) == split])
+        documents = Documents(files)
+        total, kept = len(documents), 0
         if self.held_out < 1:
-            kept = len(documents) - min(int(len(documents) * self.held_out), self.max_held_out)
-        return {"train": documents[:kept], "dev": [], "test": documents[kept:]}[split]
+            kept = total - min(int(total * self.held_out), self.max_held_out)
+        start, stop = {"train": (0, kept), "dev": (0, 0), "test": (kept, total)}[split]
+        return Documents(files, start, stop)
 
-    def load(self, split: str) -> dict[str, list[str]]:
+    def stream(self, split: str) -> dict[str, Documents]:
         """language -> documents, for every language that has some. Raises UserError where none has."""
-        bar = tqdm(self.languages, desc=f"reading {split}", unit="language", leave=False, disable=None)
-        loaded = {language: documents for language in bar if (documents := self.documents(language, split))}
-        if not loaded:
+        bar = tqdm(self.languages, desc=f"counting {split}", unit="language", leave=False, disable=None)
+        found = {language: documents for language in bar if len(documents := self.documents(language, split))}
+        if not found:
             raise UserError(f"{self.root}: the corpus is empty: no language has a document in its {split} split "
                             f"(held-out share {self.held_out})")  # fmt: skip
-        return loaded
+        return found
+
+    def load(self, split: str) -> dict[str, list[str]]:
+        """`stream`, read into memory."""
+        bar = tqdm(self.stream(split).items(), desc=f"reading {split}", unit="language", leave=False, disable=None)
+        return {language: list(documents) for language, documents in bar}
+
+
+class Documents:
+    """Documents number `start` up to `stop` of some files, blank ones not counted. They are read anew each time they are
+    gone through, so that they may be larger than memory."""
+
+    def __init__(self, files: list[Path], start: int = 0, stop: int | None = None):
+        self.files, self.start = files, start
+        self.stop = sum(1 for _ in self._read()) if stop is None else stop
+
+    def _read(self) -> Iterator[str]:
+        return chain.from_iterable(read_documents(file) for file in self.files)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[str]:
+        return islice(self._read(), self.start, self.stop)
 
 
 def _find_files(root: Path) -> dict[str, list[Path]]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
 
 from mala.cli import UserError
+
+WORD_START = "▁"  # how SentencePiece writes a space
+MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType in sentencepiece_model.proto
 
 
 class Tokenizer:
@@ -21,8 +26,13 @@ class Tokenizer:
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(model)
-        except RuntimeError:
-            raise UserError(f"{name}: not a SentencePiece model ({len(model)} bytes); download it again") from None
+            # Field 2 of a ModelProto is its TrainerSpec. It comes after the pieces: a file cut between two pieces lacks it.
+            trainer_spec = b"".join(value for number, value in message_fields(model) if number == 2)
+            if not trainer_spec:
+                raise ValueError("no trainer_spec")
+            self.model_type = MODEL_TYPES[dict(message_fields(trainer_spec)).get(3, 1)]
+        except (RuntimeError, ValueError, TypeError, KeyError):
+            raise UserError(f"{name}: truncated or no SentencePiece model ({len(model):,} bytes); download it again") from None
         self.bos_id: int = self.processor.bos_id()
         if self.bos_id < 0:
             raise UserError(f"{name}: the model has no beginning-of-sentence piece (<s>), which LLaMA needs")
@@ -60,6 +70,11 @@ class Tokenizer:
             piece: self.processor.get_score(i) for i, piece in enumerate(self.pieces) if not any(check(i) for check in is_other)
         }
 
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """The pieces `<0x00>` … `<0xFF>`, in which characters are spelt that are no pieces."""
+        return frozenset(i for i in range(len(self)) if self.processor.is_byte(i))
+
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Token ids of one text, after `<s>` if `bos`. A `<s>` inside the text is text, never the control token."""
         return self.processor.encode(text, add_bos=bos)
@@ -70,3 +85,46 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
+
+    def segment(self, pieces: list[str]) -> list[list[int]]:
+        """The segmentation of each piece's own text, `▁` being the space that it stands for; never empty.
+
+        `encode` puts a word start before every text; here there must be none, since a piece may begin within a word. Field 3
+        of a ModelProto is its NormalizerSpec and field 3 of that is `add_dummy_prefix`: appended, the last value (0) counts.
+        """
+        bare = Tokenizer(self.model + b"\x1a\x02\x18\x00", self.name)
+        segments = bare.encode_batch([piece.replace(WORD_START, " ") for piece in pieces])
+        if not all(segments):
+            raise UserError(f"{self.name}: drops characters (its normalisation is not LLaMA's), so pieces have no segmentation")
+        return segments
+
+
+def message_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) for each field of a serialized protobuf message: integers as int, all else as bytes.
+
+    Source: protobuf.dev, "Encoding". Raises ValueError where the message ends too soon.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while at < len(message):
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+        raise ValueError("the message ends within a number")
+
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        length = {1: lambda: 8, 2: varint, 5: lambda: 4}[wire_type]()
+        if at + length > len(message):
+            raise ValueError("the message ends within a field")
+        yield number, message[at : at + length]
+        at += length

@@ -3,7 +3,11 @@
     python -m mala.vocab train  --data CORPUS --size 250000 --out new.model
     python -m mala.vocab merge  --base tokenizer.model --new new.model --out merged.model
     python -m mala.vocab merge  --method continue --base tokenizer.model --data CORPUS --size 16000 --out merged.model
+    python -m mala.vocab report --base tokenizer.model --new merged.model --data CORPUS
     python -m mala.vocab extend --model BASE --tokenizer merged.model --out DIR
+
+This file holds the first two steps. What they bring is measured in mala/report.py, the rows of new pieces are in
+mala/extend.py, and how `continue` learns is in mala/bpe.py.
 
 A `tokenizer.model` is a serialized protobuf message `ModelProto { repeated SentencePiece pieces = 1; ... }` with
 `SentencePiece { string piece = 1; float score = 2; Type type = 3; }` (sentencepiece_model.proto). Two serialized messages
@@ -14,62 +18,97 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
-import torch
-import torch.nn.functional as F
+from tqdm import tqdm
 
-from mala.bpe import WORD_START, learn_pieces, merge_symbols
-from mala.checkpoint import atomic_directory, atomic_file
-from mala.cli import ArgumentParser, UserError, run
+from mala.bpe import learn_pieces, merge_symbols
+from mala.checkpoint import atomic_file, write_json
+from mala.cli import ArgumentParser, UserError, choose_device, run
 from mala.data import Corpus, language_shares
-from mala.model import Llama
-from mala.tokenizer import Tokenizer
+from mala.extend import INITS, extend_checkpoint
+from mala.report import compare, draw, print_report
+from mala.tokenizer import WORD_START, Tokenizer
+
+MAX_WORDS = 10_000_000  # distinct words that are counted at a time: about 2 GB
+MAX_LINE = 4192  # bytes; SentencePiece drops longer lines, unless it is told otherwise
 
 
-def sample(documents: dict[str, list[str]], alpha: float, seed: int) -> Iterator[str]:
-    """As many documents as there are, but each language's share proportional to n^alpha, n its number of documents.
+def sample(documents: Mapping[str, Collection[str]], alpha: float, seed: int, draws: int | None = None
+           ) -> Iterator[tuple[str, int]]:  # fmt: skip
+    """(document, how often it is drawn) for each document that is drawn.
 
-    A language that falls short of its share is repeated, one beyond it is cut to a random choice.
+    There are about `draws` draws, by default as many as documents, and a language's share of them is proportional to
+    n^alpha, n its number of documents. A language that falls short of its share is repeated, one beyond it is cut to a
+    random choice. However often a document is drawn it is read once, so a corpus may be larger than memory.
     """
     sizes = [len(texts) for texts in documents.values()]
-    counts = np.ceil(language_shares(sizes, alpha) * sum(sizes)).astype(int)
+    counts = np.ceil(language_shares(sizes, alpha) * (draws or sum(sizes))).astype(int).tolist()
     rng = np.random.default_rng(seed)
     for texts, count in zip(documents.values(), counts):
-        for _ in range(count // len(texts)):
-            yield from texts
-        for index in sorted(rng.choice(len(texts), size=count % len(texts), replace=False)):
-            yield texts[index]
+        times, wanted = divmod(count, len(texts))
+        for left, text in zip(range(len(texts), 0, -1), texts):
+            if not times and not wanted:
+                break
+            # Selection sampling: `wanted` of the `left` documents to come (Knuth, TAOCP 3.4.2, algorithm S).
+            chosen = rng.random() * left < wanted
+            wanted -= chosen
+            if times + chosen:
+                yield text, times + int(chosen)
 
 
-def train_pieces(documents: Iterable[str], size: int, standalone: bool = False) -> bytes:
+def count_words(drawn: Iterable[tuple[str, int]], published: bool = False) -> Counter[str]:
+    """word -> how often it occurs in the documents (text, times drawn). Words stand between spaces; their counts are all
+    that BPE learns from.
+
+    `published`: words as SentencePiece normalises them by default (nmt_nfkc), of lines of at most 4,192 bytes; otherwise
+    as they stand, which is what LLaMA's tokenizer sees. Where there are more than MAX_WORDS, the rarer half is forgotten.
+    """
+    normalize = str
+    if published:
+        plain = {"add_dummy_prefix": False, "escape_whitespaces": False, "remove_extra_whitespaces": False}
+        normalize = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc", **plain).normalize
+    words: Counter[str] = Counter()
+    for text, times in drawn:
+        for line in text.splitlines():  # SentencePiece learns from single lines
+            if published and len(line.encode()) > MAX_LINE:
+                continue
+            # A tab ends the word in what SentencePiece is given below; ▅ it keeps to itself, and drops what holds it.
+            for word in normalize(line).replace("\t", " ").replace("▅", " ").split(" "):
+                words[word] += times
+        if len(words) > MAX_WORDS:
+            words = Counter(dict(words.most_common(MAX_WORDS // 2)))
+    words.pop("", None)
+    return words
+
+
+def train_pieces(words: Counter[str], size: int, published: bool = False, standalone: bool = False) -> bytes:
     """Learn a SentencePiece BPE model of `size` pieces; returns the serialized ModelProto.
 
-    The settings are LLaMA 2's, so that the pieces match text as the base tokenizer normalises it (that is, not at all).
-    Pieces to be merged into a base cover every character, and the base falls back to bytes; a tokenizer that stands alone
-    spells rare characters in bytes, as LLaMA 2's does.
+    The settings are LLaMA 2's, so that the pieces match text as the base tokenizer normalises it (that is, not at all);
+    those of `published` are SentencePiece's defaults, as MaLA-500 had them. Pieces to be merged into a base cover every
+    character, and the base falls back to bytes; a tokenizer that stands alone spells rare ones in bytes, as LLaMA 2's does.
     """
+    settings = {} if published else {
+        "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True,
+        "split_digits": True, "character_coverage": 0.99995 if standalone else 1.0, "byte_fallback": standalone,
+        "max_sentence_length": 2**30,
+    }  # fmt: skip
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            # A document may hold several lines, SentencePiece learns from single ones; ▅ it keeps to itself, and drops
-            # every line that holds it.
-            sentence_iterator=(line.replace("▅", " ") for text in documents for line in text.splitlines()),
+            sentence_iterator=(f"{word}\t{count}" for word, count in words.items()),
+            input_format="tsv",
             model_writer=model,
             model_type="bpe",
             vocab_size=size,
-            character_coverage=0.99995 if standalone else 1.0,
-            byte_fallback=standalone,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            max_sentence_length=2**30,  # bytes; longer lines would be dropped in silence, by default beyond 4,192
             minloglevel=2,
+            **settings,
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).rpartition("] ")[2].strip() or str(error)
@@ -81,10 +120,18 @@ def merge(base: Tokenizer, new: Tokenizer) -> bytes:
     """The base's pieces, ids and scores unchanged; then each piece of `new` that the base lacks, with its score.
 
     Control, unknown and byte pieces of `new` are left out: those of a LLaMA tokenizer stay the base's. This is MaLA-500's
-    procedure; it leaves pieces that no text produces, which `continue_merges` does not.
+    procedure; it leaves pieces that no text produces, which `continue_merges` does not. Raises UserError where one of the
+    two is no BPE model: their scores say in which order to merge, a Unigram model's are log-probabilities.
     """
+    for tokenizer in (base, new):
+        check_bpe(tokenizer)
     known = set(base.pieces)
     return append_pieces(base, {piece: score for piece, score in new.scores().items() if piece not in known})
+
+
+def check_bpe(tokenizer: Tokenizer) -> None:
+    if tokenizer.model_type != "bpe":
+        raise UserError(f"{tokenizer.name}: a {tokenizer.model_type} model, expected a BPE model, which LLaMA's is")
 
 
 def append_pieces(base: Tokenizer, scores: dict[str, float]) -> bytes:
@@ -106,21 +153,22 @@ def _varint(value: int) -> bytes:
     return bytes([*encoded, value])
 
 
-def continue_merges(base: Tokenizer, documents: Iterable[str], size: int) -> bytes:
-    """`merge --method continue`: at most `size` pieces learnt on top of the base's own merges (see mala/bpe.py).
+def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
+    """`merge --method continue`: `size` pieces learnt on top of the base's own merges (see mala/bpe.py).
 
     Each is scored below every base piece and below the one before. Raises UserError where the base is no BPE model, and
     where the text yields fewer pieces.
     """
-    counts = Counter(WORD_START + word for text in documents for word in text.split(" ") if word)
+    check_bpe(base)
+    counts = {WORD_START + word: count for word, count in words.items()}
     known = base.scores()
     symbols = {}
-    for word, ids in zip(counts, segment(base, list(counts))):
+    for word, ids in zip(counts, base.segment(list(counts))):
         # To the merges a character that falls back to bytes is one symbol: it becomes bytes only after them.
         symbols[word] = merge_symbols(list(word), known)
         encoded = [base.processor.id_to_piece(i) for i in ids]
         if [piece for piece in encoded if piece in known] != [symbol for symbol in symbols[word] if symbol in known]:
-            raise UserError(f"{base.name}: segments {word!r} otherwise than its scores say; continue takes a BPE model as base")
+            raise UserError(f"{base.name}: segments {word!r} otherwise than its scores say; continue takes a plain BPE model")
     pieces = learn_pieces(counts, symbols, known, size)
     if len(pieces) < size:
         raise UserError(f"cannot learn {size} pieces from this corpus: it yields {len(pieces)}; ask for as many")
@@ -132,110 +180,126 @@ def continue_merges(base: Tokenizer, documents: Iterable[str], size: int) -> byt
     return append_pieces(base, scores)
 
 
-def segment(base: Tokenizer, pieces: list[str]) -> list[list[int]]:
-    """The base's own segmentation of each piece's text, `▁` being the space that it stands for; never empty.
-
-    The base would put a word start before every text; here it must not, since a piece may begin within a word. Field 3 of
-    a ModelProto is its NormalizerSpec and field 3 of that is `add_dummy_prefix`: appended, the last value (0) counts.
-    """
-    bare = Tokenizer(base.model + b"\x1a\x02\x18\x00", base.name)
-    segments = bare.encode_batch([piece.replace(WORD_START, " ") for piece in pieces])
-    if not all(segments):
-        raise UserError(f"{base.name}: drops characters (its normalisation is not LLaMA's), so pieces have no segmentation")
-    return segments
+def check_corpus(args) -> None:
+    if args.size < 1 or args.seed < 0 or args.alpha < 0 or (args.documents is not None and args.documents < 1):
+        raise UserError("--size and --documents are positive numbers, --seed and --alpha are 0 or more")
 
 
-@torch.no_grad()
-def extend_model(model: Llama, base: Tokenizer, merged: Tokenizer) -> None:
-    """Give `embed_tokens` and `lm_head` a row for every piece that `merged` adds to `base`.
-
-    A new row is the mean of the base rows of the piece's base segmentation (`--init subtokens`): what the base model, which
-    had to read and write the piece in these parts, knows of it. The mean is taken in float32.
-    Raises UserError where `base` does not fit the model or `merged` does not begin with all of `base`.
-    """
-    base.check_fits(model.config.vocab_size)
-    if merged.pieces[: len(base)] != base.pieces:
-        raise UserError(f"{merged.name}: does not begin with the pieces of {base.name}; extend the model's own tokenizer")
-    segments = segment(base, merged.pieces[len(base) :])
-    ids = torch.tensor([token for tokens in segments for token in tokens], dtype=torch.int64)
-    offsets = torch.tensor([0, *(len(tokens) for tokens in segments)], dtype=torch.int64).cumsum(0)[:-1]
-
-    def extended(matrix: torch.Tensor) -> torch.Tensor:
-        old = matrix[: len(base)]  # (V_base, D): a checkpoint may hold rows beyond its tokenizer, to pad its shape
-        rows = F.embedding_bag(ids.to(old.device), old.float(), offsets.to(old.device), mode="mean")  # (V_new, D)
-        return torch.cat([old, rows.to(old.dtype)])
-
-    model.replace_vocabulary(extended(model.model["embed_tokens"].weight), extended(model.lm_head.weight))
-
-
-def save_extended(model: Llama, tokenizer: Tokenizer, directory: Path, replace: bool = False) -> None:
-    """A checkpoint folder with its tokenizer, whole or not at all."""
-    with atomic_directory(directory, replace) as temporary:
-        model.save_pretrained(temporary)
-        (temporary / "tokenizer.model").write_bytes(tokenizer.model)
+def read_words(args) -> Counter[str]:
+    """The word counts of a command line's corpus: --data, --held-out, --alpha, --documents, --seed."""
+    documents = Corpus(args.data, held_out=args.held_out).stream("train")
+    drawn = sample(documents, args.alpha, args.seed, args.documents)
+    words = count_words(tqdm(drawn, desc="counting words", unit="document", leave=False, disable=None), args.published)
+    print(f"learning {args.size:,} pieces from {len(words):,} distinct words of {len(documents)} languages", file=sys.stderr)
+    return words
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m mala.vocab", description="Extend a LLaMA vocabulary.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("train", help="learn a SentencePiece BPE model from a corpus")
-    command.add_argument("--data", required=True, help="a corpus folder; its train split is read")
-    command.add_argument("--size", type=int, required=True, help="number of pieces")
-    command.add_argument("--alpha", type=float, default=0.3, help="languages are sampled by n^alpha [0.3]")
-    command.add_argument("--held-out", type=float, default=0.2, help="last share of each language that is not read [0.2]")
-    command.add_argument("--seed", type=int, default=0)
+    def add_command(name: str, help: str) -> ArgumentParser:
+        return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+
+    def add_corpus(command: ArgumentParser, required: bool, prefix: str = "") -> None:
+        command.add_argument("--data", required=required, help=prefix + "a corpus folder; its train split is read")
+        command.add_argument("--size", type=int, required=required, help=prefix + "number of pieces to learn")
+        command.add_argument("--alpha", type=float, default=0.3, help=prefix + "languages are sampled by n^alpha [0.3]")
+        command.add_argument("--documents", type=int, help=prefix + "how many documents to draw [as many as the corpus has]")
+        command.add_argument("--held-out", type=float, default=0.2,
+                             help=prefix + "last share of each language that is not read [0.2]")  # fmt: skip
+        command.add_argument("--seed", type=int, default=0, help=prefix + "decides which documents are drawn [0]")
+
+    command = add_command("train", "learn a SentencePiece BPE model from a corpus")
+    add_corpus(command, required=True)
+    command.add_argument("--published", action="store_true",
+                         help="SentencePiece's defaults, as MaLA-500 had them: NFKC, 99.95%% of characters")  # fmt: skip
     command.add_argument("--out", type=Path, required=True, help="the model file to write")
 
-    command = commands.add_parser("merge", help="add pieces to a base model")
+    command = add_command("merge", "add pieces to a base model")
     command.add_argument("--base", required=True, help="tokenizer.model of the checkpoint, or its folder")
     method = "union: the pieces of --new, as MaLA-500 did; continue: further merges, learnt on --data [union]"
     command.add_argument("--method", choices=["union", "continue"], default="union", help=method)
     command.add_argument("--new", help="union: the model whose pieces are added")
-    command.add_argument("--data", help="continue: a corpus folder; its train split is read")
-    command.add_argument("--size", type=int, help="continue: number of pieces to add")
-    command.add_argument("--alpha", type=float, default=0.3, help="continue: languages are sampled by n^alpha [0.3]")
-    command.add_argument("--held-out", type=float, default=0.2, help="continue: last share of each language not read [0.2]")
-    command.add_argument("--seed", type=int, default=0)
+    add_corpus(command, required=False, prefix="continue: ")
+    command.set_defaults(published=False)
     command.add_argument("--out", type=Path, required=True, help="the model file to write")
 
-    command = commands.add_parser("extend", help="resize a checkpoint to a merged vocabulary")
+    command = add_command("report", "compare two tokenizers on a corpus, language by language")
+    command.add_argument("--base", required=True, help="a tokenizer.model, or its folder")
+    command.add_argument("--new", required=True, help="the same, extended")
+    command.add_argument("--data", required=True, help="a corpus folder")
+    command.add_argument("--split", choices=["train", "dev", "test"], default="test", help="what of it is measured [test]")
+    command.add_argument("--held-out", type=float, default=1.0,
+                         help="its last share, where the corpus has no splits; 1: all of it is the test split [1]")  # fmt: skip
+    command.add_argument("--json", type=Path, help="a file for all figures")
+    command.add_argument("--plot", type=Path, help="a picture of fertility before and after; takes matplotlib")
+
+    command = add_command("extend", "resize a checkpoint to a merged vocabulary")
     command.add_argument("--model", required=True, help="the checkpoint folder")
     command.add_argument("--tokenizer", required=True, help="the merged model file")
-    command.add_argument("--init", choices=["subtokens"], default="subtokens", help="how new rows start [subtokens]")
+    command.add_argument("--init", choices=INITS, default="subtokens", help="how new rows start [subtokens]")
+    command.add_argument("--seed", type=int, default=0, help="of the random initialisations [0]")
+    command.add_argument("--data", help="calibrated: a corpus folder; its train split is read")
+    command.add_argument("--held-out", type=float, default=0.2,
+                         help="calibrated: last share of each language that is not read [0.2]")  # fmt: skip
+    command.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="calibrated: where to compute [auto]"
+    )
     command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
 
     args = parser.parse_args()
-    if args.command == "train":
-        if args.size < 1 or args.seed < 0 or args.alpha < 0:
-            raise UserError("--size is a positive number, --seed and --alpha are 0 or more")
-        documents = Corpus(args.data, held_out=args.held_out).load("train")
-        with atomic_file(args.out, "wb") as file:  # opened first: a wrong path is found before hours of learning
-            model = train_pieces(sample(documents, args.alpha, args.seed), args.size)
-            file.write(model)
-        print(f"{args.out}: {len(Tokenizer(model)):,} pieces from {len(documents)} languages")
-    elif args.command == "merge":
-        base = Tokenizer.from_pretrained(args.base)
-        if args.method == "union":
-            if not args.new or args.data or args.size:
-                raise UserError("--method union takes --new, and neither --data nor --size")
-            merged = merge(base, Tokenizer.from_pretrained(args.new))
-        else:
-            if not args.data or not args.size or args.size < 1 or args.new:
-                raise UserError("--method continue takes --data and a positive --size, and no --new")
-            documents = Corpus(args.data, held_out=args.held_out).load("train")
-            merged = continue_merges(base, sample(documents, args.alpha, args.seed), args.size)
+    {"train": run_train, "merge": run_merge, "report": run_report, "extend": run_extend}[args.command](args)
+
+
+def run_train(args) -> None:
+    check_corpus(args)
+    with atomic_file(args.out, "wb") as file:  # opened first: a wrong path is found before hours of learning
+        model = train_pieces(read_words(args), args.size, args.published)
+        file.write(model)
+    print(f"{args.out}: {len(Tokenizer(model)):,} pieces")
+
+
+def run_merge(args) -> None:
+    base = Tokenizer.from_pretrained(args.base)
+    if args.method == "union":
+        if not args.new or args.data or args.size:
+            raise UserError("--method union takes --new, and neither --data nor --size")
+        merged = merge(base, Tokenizer.from_pretrained(args.new))
         with atomic_file(args.out, "wb") as file:
             file.write(merged)
-        print(f"{args.out}: {len(base):,} pieces -> {len(Tokenizer(merged)):,}")
     else:
-        if args.out.exists():
-            raise UserError(f"{args.out}: the output folder exists; name another or remove it first")
-        base, merged = Tokenizer.from_pretrained(args.model), Tokenizer.from_pretrained(args.tokenizer)
-        model = Llama.from_pretrained(args.model)
-        extend_model(model, base, merged)
-        save_extended(model, merged, args.out)
-        print(f"{args.out}: {len(base):,} rows -> {len(merged):,}")
+        if not args.data or not args.size or args.new:
+            raise UserError("--method continue takes --data and a positive --size, and no --new")
+        check_bpe(base)
+        check_corpus(args)
+        with atomic_file(args.out, "wb") as file:
+            merged = continue_merges(base, read_words(args), args.size)
+            file.write(merged)
+    print(f"{args.out}: {len(base):,} pieces -> {len(Tokenizer(merged)):,}")
+
+
+def run_report(args) -> None:
+    base, new = Tokenizer.from_pretrained(args.base), Tokenizer.from_pretrained(args.new)
+    report = compare(base, new, Corpus(args.data, held_out=args.held_out).stream(args.split))
+    print_report(report)
+    if args.json:
+        write_json(args.json, report)
+    if args.plot:
+        draw(report, args.plot)
+
+
+def run_extend(args) -> None:
+    if (args.init == "calibrated") != bool(args.data):
+        raise UserError("--init calibrated, and only that, takes --data")
+    if args.seed < 0:
+        raise UserError("--seed is 0 or more")
+    merged = Tokenizer.from_pretrained(args.tokenizer)
+    drawn = None
+    if args.data:
+        drawn = sample(Corpus(args.data, held_out=args.held_out).stream("train"), alpha=0.3, seed=args.seed)
+    extend_checkpoint(Path(args.model), merged, args.out, args.init, args.seed, drawn, *choose_device(args.device, "auto"))
+    print(f"{args.out}: {len(Tokenizer.from_pretrained(args.model)):,} rows -> {len(merged):,}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from mala.checkpoint import atomic_directory  # noqa: E402
 from mala.data import Batches, pack, read_documents  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
 from mala.tokenizer import Tokenizer  # noqa: E402
-from mala.vocab import train_pieces  # noqa: E402
+from mala.vocab import count_words, train_pieces  # noqa: E402
 
 SEED, STEPS, BATCH_SIZE, SEQ_LEN, LR, WARMUP = 0, 150, 8, 512, 3e-3, 30
 CONFIG = dict(
@@ -51,7 +51,8 @@ def main() -> None:
     start = time.perf_counter()
 
     documents = read_text()
-    tokenizer = Tokenizer(train_pieces(documents, VOCAB_SIZE, standalone=True))
+    words = count_words((document, 1) for document in documents)
+    tokenizer = Tokenizer(train_pieces(words, VOCAB_SIZE, standalone=True))
     tokens = pack(tokenizer, documents)
     print(f"{len(documents):,} documents, {len(tokens):,} tokens")
 

@@ -67,7 +67,7 @@ def test_split_files_of_the_hub(tmp_path):
         for shard in "01":
             write(tmp_path / "swh_Latn" / f"{split}-0000{shard}-of-00002.jsonl", json.dumps({"text": split + shard}))
     corpus = Corpus(tmp_path)
-    assert {s: corpus.documents("swh_Latn", s) for s in ("train", "dev", "test")} == {
+    assert {s: list(corpus.documents("swh_Latn", s)) for s in ("train", "dev", "test")} == {
         "train": ["train0", "train1"], "dev": ["validation0", "validation1"], "test": ["test0", "test1"]}  # fmt: skip
     write(tmp_path / "swh_Latn" / "more.txt", "of no split")
     with pytest.raises(UserError, match=r"more\.txt: of no split"):
@@ -80,7 +80,7 @@ def test_the_splits_are_the_document_in_order(n, held_out, most, tmp_path_factor
     root = tmp_path_factory.mktemp("corpus")
     write(root / "swh_Latn.txt", "".join(f"{i}\n" for i in range(n)))
     corpus = Corpus(root, held_out=held_out, max_held_out=most)
-    train, test = corpus.documents("swh_Latn", "train"), corpus.documents("swh_Latn", "test")
+    train, test = (list(corpus.documents("swh_Latn", split)) for split in ("train", "test"))
     assert train + test == [str(i) for i in range(n)]
     assert len(test) == n if held_out == 1 else len(test) <= most and len(test) <= held_out * n
 

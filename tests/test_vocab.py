@@ -1,21 +1,27 @@
-"""mala.vocab: merging against SentencePiece's own protobuf classes, new rows against a plain loop."""
+"""mala.vocab: learning against SentencePiece fed with plain sentences, merging against its own protobuf classes."""
 
+import io
 import sys
 
+import numpy as np
 import pytest
 import sentencepiece
-import torch
 from conftest import ROOT, SHARED, needs_shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as pb2
 
+import mala.data
+import mala.vocab
 from mala.cli import UserError
 from mala.data import Corpus
 from mala.model import Llama
 from mala.tokenizer import Tokenizer
-from mala.vocab import continue_merges, extend_model, main, merge, sample, save_extended, segment, train_pieces
+from mala.vocab import continue_merges, count_words, main, merge, sample, train_pieces
 
 TINY = ROOT / "assets/tiny-llama"
 DEMO = Corpus(ROOT / "assets/demo/sib200").load("train")
+WORDS = count_words(sample(DEMO, 0.3, 0))
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def new():
-    return Tokenizer(train_pieces(sample(DEMO, 0.3, 0), 3000), "new.model")
+    return Tokenizer(train_pieces(WORDS, 3000), "new.model")
 
 
 def merge_by_protobuf(base: bytes, new: bytes) -> pb2.ModelProto:
@@ -49,19 +55,57 @@ def test_merge_equals_the_protobuf_procedure(base, new):
     same(merged, merge_by_protobuf(base.model, new.model))
     assert len(Tokenizer(merged)) > len(base) + 2000
     assert Tokenizer(merged).pieces[: len(base)] == base.pieces
+    assert merge(Tokenizer(merged), new) == merged  # merging twice adds nothing
 
 
 @needs_shared
-def test_merge_into_the_official_model(new):
-    official = Tokenizer.from_pretrained(SHARED / "llama2")
+@pytest.mark.parametrize("size", [1_000, 16_000, 100_000])
+def test_merge_into_the_official_model(size, shared_words):
+    official, new = Tokenizer.from_pretrained(SHARED / "llama2"), Tokenizer(train_pieces(shared_words, size))
+    assert len(new) == size
     merged = merge(official, new)
     same(merged, merge_by_protobuf(official.model, new.model))
     assert Tokenizer(merged).pieces[:32000] == official.pieces
 
 
-def test_merging_twice_adds_nothing(base, new):
-    merged = Tokenizer(merge(base, new))
-    assert merge(merged, new) == merged.model
+@pytest.fixture(scope="module")
+def shared_words():
+    return count_words(sample(Corpus(SHARED / "bible").stream("train"), 0.3, 0))
+
+
+@needs_shared
+@pytest.mark.parametrize("method", ["union", "continue"])
+def test_a_merged_tokenizer_round_trips_on_all_real_text_and_old_text_keeps_its_ids(method):
+    """Every line of udhr, bible and sib200; old text is what holds no new piece, even as a part of a word.
+
+    Not: what is encoded without one. In a union a new piece can be a step on the way to an old one, and turn the base's
+    merges aside. In `continue` it cannot, so there all text that is encoded without a new piece is encoded as before.
+    """
+    official = Tokenizer.from_pretrained(SHARED / "llama2")
+    words = count_words(sample(Corpus(SHARED / "udhr").stream("train"), 0.3, 0))
+    if method == "union":
+        merged = Tokenizer(merge(official, Tokenizer(train_pieces(words, 16_000))))
+    else:
+        merged = Tokenizer(continue_merges(official, words, 8_000))
+    added = set(merged.pieces[len(official) :])
+
+    def is_old(text: str, ids: list[int]) -> bool:
+        if method == "union":
+            text = "▁" + text.replace(" ", "▁")
+            if any(text[i : i + length] in added for i in range(len(text)) for length in range(1, 17)):
+                return False
+        return max(ids, default=0) < len(official)
+
+    lines = unchanged = 0
+    for file in sorted([*SHARED.glob("udhr/*.txt"), *SHARED.glob("bible/*.txt"), *SHARED.glob("sib200/*/*.tsv")]):
+        texts = file.read_text(encoding="utf-8").split("\n")
+        encoded = merged.encode_batch(texts)
+        assert merged.processor.decode(encoded) == texts, file
+        lines += len(texts)
+        old = [(ids, text) for ids, text in zip(encoded, texts) if text and is_old(text, ids)]
+        assert [ids for ids, _ in old] == official.encode_batch([text for _, text in old]), file
+        unchanged += len(old)
+    assert lines > 200_000 and unchanged > 5_000
 
 
 def test_new_pieces_shorten_text_and_lose_nothing(base, new):
@@ -73,75 +117,107 @@ def test_new_pieces_shorten_text_and_lose_nothing(base, new):
         assert [merged.decode(row) for row in ids] == documents
 
 
-def test_training_is_deterministic_and_learns_text_as_it_stands(new):
-    assert train_pieces(sample(DEMO, 0.3, 0), 3000) == new.model
-    proto = pb2.ModelProto.FromString(new.model)
-    assert proto.normalizer_spec.name == "identity" and proto.trainer_spec.character_coverage == 1.0
-    long = Tokenizer(train_pieces(["ab " * 5000, "cd"], 12))  # a line beyond SentencePiece's own limit is not dropped
+LLAMA = dict(normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+             split_digits=True, max_sentence_length=2**30)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [({}, dict(LLAMA, character_coverage=1.0)), ({"published": True}, {}),
+     ({"standalone": True}, dict(LLAMA, character_coverage=0.99995, byte_fallback=True))],
+)  # fmt: skip
+def test_learning_from_word_counts_is_learning_from_the_sentences(ours, theirs):
+    """For each set of settings, SentencePiece given the sentences themselves, as often as they are drawn."""
+    published = ours.get("published", False)
+    drawn = [*sample(DEMO, 0.3, 0), *((text, 3) for text in ["ﬁrst ½ １２３ Å\u00a0B", "long " * 900, "x1y22 क्\u200dष 𝒳"])]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(text.rstrip() for text, times in drawn for _ in range(times)),
+        model_writer=model, model_type="bpe", vocab_size=2500, minloglevel=2, **theirs)  # fmt: skip
+    expected = pb2.ModelProto.FromString(model.getvalue())
+    found = pb2.ModelProto.FromString(train_pieces(count_words(drawn, published), 2500, **ours))
+    assert [(p.piece, p.score, p.type) for p in found.pieces] == [(p.piece, p.score, p.type) for p in expected.pieces]
+    assert found.normalizer_spec == expected.normalizer_spec
+    assert found.normalizer_spec.name == ("nmt_nfkc" if published else "identity")
+    assert found.trainer_spec.character_coverage == expected.trainer_spec.character_coverage
+    assert any("ﬁ" in p.piece for p in found.pieces) != published  # NFKC rewrites it
+
+
+def test_words_are_what_stands_between_spaces():
+    drawn = [("  two  spaces\ttab\r\nline two ▅x", 2), ("two\u2028a\u00a0b", 1)]
+    assert count_words(drawn) == {"two": 5, "spaces": 2, "tab": 2, "line": 2, "x": 2, "a\u00a0b": 1}
+    long = "é" * 2097  # 4,194 bytes: SentencePiece would drop the line
+    assert count_words([(f"{long}\n{long[:-1]}", 1), ("ｘ", 1)], published=True) == {long[:-1]: 1, "x": 1}
+    assert count_words([(long, 1)]) == {long: 1}
+
+
+def test_learning_is_deterministic_and_keeps_long_lines(new):
+    assert train_pieces(count_words(sample(DEMO, 0.3, 0)), 3000) == new.model
+    assert train_pieces(dict(sorted(WORDS.items())), 3000) == new.model  # the order of words does not matter
+    long = Tokenizer(train_pieces(count_words([("ab " * 5000, 1), ("cd", 1)]), 12))
     assert "▁ab" in long.pieces
-    odd = Tokenizer(train_pieces(["ab ab\ncd cd", "▅ ef ef"], 18))  # lines of one document, SentencePiece's own character
-    assert not any("\n" in piece for piece in odd.pieces) and {"▁ab", "▁cd", "▁ef"} <= set(odd.pieces)
 
 
-def test_alpha_sampling_shares():
-    documents = {"aaa_Latn": [f"a{i}" for i in range(10)], "bbb_Latn": [f"b{i}" for i in range(990)]}
-    for alpha in (0.0, 0.3, 1.0):
-        drawn = list(sample(documents, alpha, seed=0))
-        share = sum(text[0] == "a" for text in drawn) / len(drawn)
-        assert share == pytest.approx(10**alpha / (10**alpha + 990**alpha), abs=0.01)
-        assert {text for text in drawn if text[0] == "a"} == set(documents["aaa_Latn"])
+def test_the_words_counted_stay_within_bounds(monkeypatch):
+    """Of a stream that never ends in new words, frequent ones are kept."""
+    monkeypatch.setattr(mala.vocab, "MAX_WORDS", 100)
+
+    def stream():
+        for i in range(5000):
+            yield f"often {i} also{'' if i % 2 else ' again'}", 1
+
+    words = count_words(stream())
+    assert len(words) <= 100 and words["often"] == words["also"] == 5000 and words["again"] == 2500
 
 
-def test_segments_are_the_pieces_own_text(base):
-    pieces = ["▁mountain", "mountain", "▁", "▁▁x", "a▁b"]
-    for piece, ids in zip(pieces, segment(base, pieces)):
-        assert "".join(base.processor.id_to_piece(i) for i in ids) == piece
-    health = [f"<0x{byte:02X}>" for byte in "ጤና".encode()]
-    for piece, expected in (("ጤና", health), ("▁ጤና", ["▁", *health])):
-        assert [base.processor.id_to_piece(i) for i in segment(base, [piece])[0]] == expected
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5), alpha=st.floats(0, 1), draws=st.integers(1, 200),
+       seed=st.integers(0, 9))  # fmt: skip
+@settings(deadline=None)
+def test_sampling_draws_each_languages_share(sizes, alpha, draws, seed):
+    documents = {f"{i}": [f"{i} {j}" for j in range(size)] for i, size in enumerate(sizes)}
+    drawn = dict(sample(documents, alpha, seed, draws))
+    assert drawn == dict(sample(documents, alpha, seed, draws))
+    shares = np.array(sizes) ** alpha / (np.array(sizes) ** alpha).sum()
+    for i, share in enumerate(shares):
+        times = [drawn.get(text, 0) for text in documents[str(i)]]
+        assert share * draws - 1e-6 <= sum(times) <= share * draws + 1 + 1e-6  # rounded up
+        assert max(times) - min(times) <= 1  # all as often, but for a random choice
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_new_rows_are_the_mean_of_their_segments(base, new, dtype):
-    merged = Tokenizer(merge(base, new))
-    model, old = Llama.from_pretrained(TINY, dtype), Llama.from_pretrained(TINY, dtype)
-    extend_model(model, base, merged)
-    assert model.config.vocab_size == len(merged) == model.lm_head.weight.shape[0]
-    segments = segment(base, merged.pieces[len(base) :])
-    for get in (lambda m: m.model["embed_tokens"].weight, lambda m: m.lm_head.weight):
-        assert torch.equal(get(model)[: len(base)], get(old)) and get(model).dtype == dtype
-        for row, ids in list(zip(get(model)[len(base) :], segments))[::50]:
-            expected = torch.stack([get(old)[i].double() for i in ids]).mean(0).to(dtype)
-            assert torch.allclose(row.double(), expected.double(), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
-    tokens = torch.tensor([base.encode("The river flows to the lake.", bos=True)])
-    assert torch.allclose(model(tokens)[..., : len(base)].float(), old(tokens).float(), atol=1e-5)
+def test_sampling_is_uniform_over_the_documents_of_a_language():
+    counts = np.zeros(10)
+    for seed in range(2000):
+        for text, times in sample({"a": [str(i) for i in range(10)]}, 1.0, seed, draws=3):
+            counts[int(text)] += times
+    assert counts.sum() == 6000 and abs(counts - 600).max() < 5 * (600 * 0.7) ** 0.5
 
 
-def test_tied_embeddings_stay_tied_and_padding_rows_are_replaced(base, new, tmp_path):
-    from conftest import tiny_config
+def test_sampling_reads_a_document_once_and_only_when_its_turn_comes(tmp_path, monkeypatch):
+    (tmp_path / "aaa_Latn.txt").write_text("a\n" * 1000)
+    (tmp_path / "bbb_Latn.txt").write_text("b\n" * 10)
+    documents = Corpus(tmp_path, held_out=0).stream("train")
+    assert {language: len(texts) for language, texts in documents.items()} == {"aaa_Latn": 1000, "bbb_Latn": 10}
+    reads = []
+    monkeypatch.setattr(mala.data, "read_documents", lambda file: (reads.append(text) or text for text in "xyz" * 400))
+    drawn = sample(documents, 0.3, 0)
+    next(drawn)
+    assert len(reads) < 100  # not the file: the next document
+    list(drawn)
+    assert len(reads) <= 1010
 
-    merged = Tokenizer(merge(base, new))
-    model = Llama(tiny_config(vocab_size=len(base) + 16, tie_word_embeddings=True))
-    extend_model(model, base, merged)
-    assert model.lm_head.weight is model.model["embed_tokens"].weight and len(model.lm_head.weight) == len(merged)
-    save_extended(model, merged, tmp_path / "out")
-    assert len(Tokenizer.from_pretrained(tmp_path / "out")) == Llama.from_pretrained(tmp_path / "out").config.vocab_size
 
-
-def test_errors(base, new, tmp_path):
+def test_errors(base, new):
     with pytest.raises(UserError, match=r"cannot learn 100000 pieces from this corpus: .*<= \d+"):
-        train_pieces(DEMO["swh_Latn"], 100_000)
+        train_pieces(WORDS, 100_000)
     with pytest.raises(UserError, match="cannot learn 10 pieces"):
-        train_pieces(DEMO["swh_Latn"], 10)
-    model = Llama.from_pretrained(TINY)
-    with pytest.raises(UserError, match="new.model: does not begin with the pieces of"):
-        extend_model(model, base, new)
-    with pytest.raises(UserError, match="pieces, but the model has 2,048 rows"):
-        extend_model(model, Tokenizer(merge(base, new)), Tokenizer(merge(base, new)))
-    assert model.config.vocab_size == 2048
-    (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match="the output folder exists"):
-        save_extended(model, base, tmp_path / "there")
+        train_pieces(WORDS, 10)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(DEMO["eng_Latn"] * 20), model_writer=model,
+                                             vocab_size=120, model_type="unigram", minloglevel=2)  # fmt: skip
+    unigram = Tokenizer(model.getvalue(), "unigram.model")
+    for call in (lambda: merge(unigram, new), lambda: merge(base, unigram), lambda: continue_merges(unigram, WORDS, 10)):
+        with pytest.raises(UserError, match="unigram.model: a unigram model, expected a BPE model"):
+            call()
 
 
 def test_a_merged_model_loads_in_sentencepiece_and_transformers(base, new, tmp_path):
@@ -157,33 +233,67 @@ def test_a_merged_model_loads_in_sentencepiece_and_transformers(base, new, tmp_p
     assert theirs.convert_ids_to_tokens(range(len(ours))) == ours.pieces
 
 
-def test_the_command_line_from_corpus_to_checkpoint(base, new, tmp_path, monkeypatch, capsys):
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["mala.vocab", *map(str, args)])
-        main()
+def call(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["mala.vocab", *map(str, args)])
+    main()
 
+
+def test_the_command_line_from_corpus_to_checkpoint(base, new, tmp_path, monkeypatch, capsys):
     data = ROOT / "assets/demo/sib200"
-    call("train", "--data", data, "--size", 3000, "--out", tmp_path / "new.model")
+    call(monkeypatch, "train", "--data", data, "--size", 3000, "--out", tmp_path / "new.model")
     assert (tmp_path / "new.model").read_bytes() == new.model
-    call("merge", "--base", TINY, "--new", tmp_path / "new.model", "--out", tmp_path / "merged.model")
+    call(monkeypatch, "merge", "--base", TINY, "--new", tmp_path / "new.model", "--out", tmp_path / "merged.model")
     assert (tmp_path / "merged.model").read_bytes() == merge(base, new)
-    call("extend", "--model", TINY, "--tokenizer", tmp_path / "merged.model", "--out", tmp_path / "extended")
-    model = Llama.from_pretrained(TINY)
-    extend_model(model, base, Tokenizer(merge(base, new)))
-    extended = Llama.from_pretrained(tmp_path / "extended")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), extended.parameters()))
+    call(monkeypatch, "extend", "--model", TINY, "--tokenizer", tmp_path / "merged.model", "--out", tmp_path / "extended")
     assert Tokenizer.from_pretrained(tmp_path / "extended").model == merge(base, new)
-    call("merge", "--method", "continue", "--base", TINY, "--data", data, "--size", 500, "--out", tmp_path / "merged.model")
-    assert (tmp_path / "merged.model").read_bytes() == continue_merges(base, sample(DEMO, 0.3, 0), 500)
-    for wrong in (
-        ["--method", "continue", "--new", tmp_path / "new.model"],
-        [],
-        ["--new", tmp_path / "new.model", "--size", 3],
-    ):
-        with pytest.raises(UserError, match="--method"):
-            call("merge", "--base", TINY, *wrong, "--out", tmp_path / "other.model")
-    with pytest.raises(UserError, match="extended: the output folder exists"):
-        call("extend", "--model", TINY, "--tokenizer", tmp_path / "merged.model", "--out", tmp_path / "extended")
-    with pytest.raises(UserError, match="--size"):
-        call("train", "--data", data, "--out", tmp_path / "other.model")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["extended", "merged.model", "new.model"]
+    assert Llama.from_pretrained(tmp_path / "extended").config.vocab_size == len(Tokenizer(merge(base, new)))
+    capsys.readouterr()
+    figures, picture = tmp_path / "report.json", tmp_path / "report.png"
+    call(monkeypatch, "report", "--base", TINY, "--new", tmp_path / "merged.model", "--data", data, "--json", figures,
+         "--plot", picture)  # fmt: skip
+    assert "swh_Latn" in capsys.readouterr().out and figures.exists() and picture.read_bytes()[1:4] == b"PNG"
+    call(monkeypatch, "train", "--data", data, "--size", 2500, "--documents", 900, "--published",
+         "--out", tmp_path / "new.model")  # fmt: skip
+    published = pb2.ModelProto.FromString((tmp_path / "new.model").read_bytes())
+    assert published.normalizer_spec.name == "nmt_nfkc" and len(published.pieces) == 2500
+    call(monkeypatch, "merge", "--method", "continue", "--base", TINY, "--data", data, "--size", 500,
+         "--out", tmp_path / "merged.model")  # fmt: skip
+    assert (tmp_path / "merged.model").read_bytes() == continue_merges(base, WORDS, 500)
+
+
+def test_wrong_command_lines_leave_nothing(base, new, tmp_path, monkeypatch):
+    data, tmp = ROOT / "assets/demo/sib200", tmp_path / "work"
+    tmp.mkdir()
+    (tmp / "new.model").write_bytes(new.model)
+    (tmp / "cut.model").write_bytes(new.model[:9999])
+    (tmp / "merged.model").write_bytes(merge(base, new))
+    (tmp / "there").mkdir()
+    (tmp / "empty").mkdir()
+    (tmp / "empty/swh_Latn.txt").write_text("\n \n")
+    before = sorted(tmp.rglob("*"))
+    mistakes = {
+        "--method union takes --new": ["merge", "--base", TINY],
+        "and neither --data nor --size": ["merge", "--base", TINY, "--new", tmp / "new.model", "--size", 3],
+        "--method continue takes --data": ["merge", "--method", "continue", "--base", TINY, "--new", tmp / "new.model"],
+        r"cut\.model: truncated or no SentencePiece model": ["merge", "--base", tmp / "cut.model", "--new", tmp / "new.model"],
+        "arguments are required: --size": ["train", "--data", data],
+        "--size and --documents are positive": ["train", "--data", data, "--size", 0],
+        "positive numbers": ["train", "--data", data, "--size", 100, "--documents", 0],
+        "corpus is empty": ["train", "--data", tmp / "empty", "--size", 100],
+        "it yields": ["merge", "--method", "continue", "--base", TINY, "--data", data, "--size", 1_000_000],
+        r"cannot learn 1000000 pieces.*<= \d+": ["train", "--data", data, "--size", 1_000_000],
+        "does not begin with the pieces of": ["extend", "--model", TINY, "--tokenizer", tmp / "new.model"],
+        "adds no piece to": ["extend", "--model", TINY, "--tokenizer", TINY],
+        "--init calibrated, and only that, takes --data": ["extend", "--model", TINY, "--tokenizer", tmp / "merged.model",
+                                                          "--init", "calibrated"],
+    }  # fmt: skip
+    for message, arguments in mistakes.items():
+        with pytest.raises(UserError, match=message):
+            call(monkeypatch, *arguments, "--out", tmp / "out")
+    with pytest.raises(UserError, match="there: the output folder exists"):
+        call(monkeypatch, "extend", "--model", TINY, "--tokenizer", tmp / "merged.model", "--out", tmp / "there")
+    with pytest.raises(UserError, match="there: a folder, expected the name of a file"):
+        call(monkeypatch, "merge", "--base", TINY, "--new", tmp / "new.model", "--out", tmp / "there")
+    with pytest.raises(UserError, match="does not begin with the pieces of"):
+        call(monkeypatch, "report", "--base", TINY, "--new", tmp / "new.model", "--data", data, "--json", tmp / "out")
+    assert sorted(tmp.rglob("*")) == before
