@@ -26,7 +26,7 @@ from mala.checkpoint import atomic_directory, write_json
 from mala.cli import UserError, choose_device, option, parse, print_table, run
 from mala.data import Batches, Corpus, pack
 from mala.extend import INITS, extend_model, save_extended
-from mala.lora import LoRAConfig, add_lora, find_targets, save_adapter, trainable_parameters
+from mala.lora import LoRAConfig, add_lora, find_targets, parameter_report, save_adapter, trainable_parameters
 from mala.model import Llama
 from mala.scoring import nll_by_language
 from mala.tokenizer import Tokenizer
@@ -144,10 +144,8 @@ def main() -> None:
     model.gradient_checkpointing = settings.gradient_checkpointing
     trainable = list(trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(trainable, weight_decay=settings.weight_decay, fused=True)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in trainable)
     print(f"{len(base_tokenizer):,} pieces -> {len(tokenizer):,}; {len(streams)} languages, {corpus_tokens:,} tokens; "
-          f"training {trained:,} of {total:,} parameters ({trained / total:.1%})")  # fmt: skip
+          f"{parameter_report(model)}")  # fmt: skip
 
     # Training.
     model.train()

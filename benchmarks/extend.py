@@ -45,17 +45,19 @@ model.save_pretrained(out)
 """,
 }
 MEASURE = """
-import os, resource, sys, time
+import os, re, sys, time
 source, out, tokenizer, pieces = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 import mala.extend, transformers  # not counted
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(key):  # kB; not ru_maxrss, which a process takes over from the one that started it
+    return int(re.search(key + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
+before = memory("VmRSS")
 start = time.perf_counter()
 {code}
 for name in os.listdir(out):
     descriptor = os.open(os.path.join(out, name), os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(time.perf_counter() - start, (memory("VmHWM") - before) * 1024)
 """
 
 

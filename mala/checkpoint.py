@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -117,6 +118,18 @@ def read_tensors(file: Path, only: Collection[str] = ()) -> Iterator[tuple[str, 
         raise UserError(f"{file}: there is no such file; download the checkpoint again, in safetensors format") from None
     except SafetensorError as error:
         raise UserError(f"{file}: truncated or not a safetensors file ({error}); download it again") from None
+
+
+def read_bin(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor) of a file of `torch.save`, as PEFT wrote adapters at first: tensors only, no other pickle."""
+    open(file, "rb").close()  # what cannot be opened is the system's to say
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception:  # on bytes that are no pickle its unpickler fails in many ways
+        raise UserError(f"{file}: truncated, or it holds more than tensors; expected weights in torch.save's format") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{file}: found a {type(tensors).__name__}, expected a dict of tensors")
+    yield from tensors.items()
 
 
 def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

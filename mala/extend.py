@@ -207,10 +207,10 @@ def extend_checkpoint(source: Path, merged: Tokenizer, out: Path, init: str, see
         for file in tqdm(sorted(source.iterdir()), desc="copying", unit="file", leave=False, disable=None):
             old = dict(read_tensors(file, (EMBED_TOKENS, LM_HEAD))) if file in shards else {}
             if old:
-                new = {name: extended(name, tensor) for name, tensor in old.items()}
-                new_bytes += sum(new[name].nbytes - old[name].nbytes for name in old)
-                new_values += sum(new[name].numel() - old[name].numel() for name in old)
-                rewrite_tensors(file, temporary / file.name, new)
+                more = sum((len(merged) - len(tensor)) * config.hidden_size for tensor in old.values())
+                new_values, new_bytes = new_values + more, new_bytes + more * next(iter(old.values())).itemsize
+                # The new matrices have no name here: they are gone before those of the next shard are made.
+                rewrite_tensors(file, temporary / file.name, {name: extended(name, tensor) for name, tensor in old.items()})
             elif file in shards or file.is_file() and file.suffix not in OTHER_WEIGHTS and file.name not in OLD_VOCABULARY:
                 shutil.copyfile(file, temporary / file.name)
         if len(shards) > 1:

@@ -1,5 +1,7 @@
 """LoRA (arXiv 2106.09685): train a low-rank update of chosen matrices, W + (alpha/r) B A, and leave W as it is.
 
+    python -m mala.lora merge --model BASE --adapter DIR --out DIR       a plain checkpoint, for any program that runs LLaMA
+
 MaLA-500 also trains the embeddings and the head whole (`modules_to_save`), since the rows of new words start from little.
 On disk an adapter is PEFT's: `adapter_config.json` and `adapter_model.safetensors`, with PEFT's key names.
 Shapes: R rank, D_in and D_out the width of a layer's input and output.
@@ -9,40 +11,53 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mala import checkpoint
-from mala.cli import UserError
+from mala.cli import ArgumentParser, UserError, run
 from mala.model import Llama
 
-PREFIX = "base_model.model."  # what PEFT puts before a module's own name
 WHOLE = ("embed_tokens", "lm_head")  # what may train whole
 
 
 @dataclass
 class LoRAConfig:
-    """The settings of an adapter, under the names of `adapter_config.json`. The defaults are MaLA-500's."""
+    """The settings of an adapter, under the names of `adapter_config.json`. The defaults are MaLA-500's.
+
+    target_modules: ends of the layers' names, such as `q_proj` or `layers.0.self_attn.q_proj`; or, as one string,
+    `all-linear`, or a regular expression that matches whole names. rank_pattern and alpha_pattern: regular expression that
+    matches the end of a layer's name -> its own r or lora_alpha; the first that matches counts.
+    """
 
     r: int = 8
     lora_alpha: float = 32
     lora_dropout: float = 0.1
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
     modules_to_save: tuple[str, ...] = ("embed_tokens", "lm_head")
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if type(self.r) is not int or self.r < 1:
-            raise UserError(f"the LoRA rank r is {self.r!r}, expected a positive whole number")
-        if type(self.lora_alpha) not in (int, float):
-            raise UserError(f"lora_alpha is {self.lora_alpha!r}, expected a number")
+        for r in (self.r, *self.rank_pattern.values()):
+            if type(r) is not int or r < 1:
+                raise UserError(f"the LoRA rank r is {r!r}, expected a positive whole number")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if type(alpha) not in (int, float) or not math.isfinite(alpha):
+                raise UserError(f"lora_alpha is {alpha!r}, expected a number")
         if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout is {self.lora_dropout!r}, expected a number from 0 to below 1")
+        if type(self.use_rslora) is not bool:
+            raise UserError(f"use_rslora is {self.use_rslora!r}, expected true or false")
+        if isinstance(self.target_modules, tuple) and len(self.target_modules) == 1 and self.target_modules[0] == "all-linear":
+            self.target_modules = "all-linear"
         for names in (self.target_modules, self.modules_to_save):
             if not all(isinstance(name, str) for name in names):
                 raise UserError(f"target_modules and modules_to_save hold {names!r}, expected names")
@@ -53,24 +68,43 @@ class LoRAConfig:
                 raise UserError(
                     f"modules_to_save names {name!r}, expected some of {', '.join(WHOLE)}: nothing else trains whole"
                 )
+        patterns = [*self.rank_pattern, *self.alpha_pattern]
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            patterns.append(self.target_modules)
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{pattern!r} is no regular expression: {error}") from None
+
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:
+        """R of the layer `name`, and what its update is multiplied by: alpha/R, or alpha/√R (rsLoRA, arXiv 2312.03732)."""
+
+        def setting(patterns: dict, default: float) -> float:
+            # As PEFT compares: the whole name, or its end after a dot.
+            matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+            return next(matching, default)
+
+        r = setting(self.rank_pattern, self.r)
+        alpha = setting(self.alpha_pattern, self.lora_alpha)
+        return r, alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha/r) B A dropout(x), with A (R, D_in) and B (D_out, R) trained in float32.
+    """y = W x + b + scaling · B A dropout(x), with A (R, D_in) and B (D_out, R) trained in float32, W and b frozen.
 
     A starts Kaiming-uniform, as nn.Linear and PEFT do, and B at zero, so that training starts from the base model.
     """
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig):
+    def __init__(self, linear: nn.Linear, r: int, scaling: float, dropout: float):
         nn.Module.__init__(self)  # not nn.Linear's: the weight and the bias are taken over, not made anew
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         device = linear.weight.device
-        self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r, device=device))
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout = config.lora_dropout
-        self.scaling = config.lora_alpha / config.r
+        self.scaling, self.dropout = scaling, dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         update = F.dropout(x, self.dropout, self.training)  # (B, T, D_in)
@@ -78,35 +112,51 @@ class LoRALinear(nn.Linear):
         update = F.linear(update, self.lora_B.to(x.dtype))  # (B, T, D_out)
         return F.linear(x, self.weight, self.bias) + self.scaling * update
 
-    def delta(self) -> torch.Tensor:
-        """What the adapter adds to W: (D_out, D_in) float32."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+    def merged(self) -> nn.Linear:
+        """A plain layer with W + scaling · B A: the sum in float32, then rounded to W's dtype."""
+        with torch.device("meta"):  # its weight is set below
+            linear = nn.Linear(self.in_features, self.out_features, bias=False)
+        weight = self.weight.float() + self.scaling * (self.lora_B @ self.lora_A)
+        linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear
 
 
 def find_targets(model: Llama, config: LoRAConfig) -> list[str]:
-    """The full names of the linear layers that get LoRA: those whose last part is in `target_modules`.
+    """The full names of the linear layers that get LoRA: those of the model's blocks that `target_modules` names.
 
-    Raises UserError for a name that no layer of the model's blocks has, and where the model cannot train as configured.
+    Raises UserError for a name that no such layer has, and where the model cannot train as configured.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise UserError("the model has an adapter already; merge it first")
-    linear = [name for name, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)]
-    known = {name.rpartition(".")[2] for name in linear}
-    for wanted in config.target_modules:
-        if wanted not in known:
-            raise UserError(f"target_modules names {wanted!r}, expected some of {', '.join(sorted(known))}")
     if model.config.tie_word_embeddings and len(config.modules_to_save) == 1:
         raise UserError(
             f"modules_to_save names {config.modules_to_save[0]} alone, but the model's embed_tokens and lm_head are one "
             f"matrix; name both or neither"
         )
-    return [name for name in linear if name.rpartition(".")[2] in config.target_modules]
+    linear = [name for name, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)]
+    wanted = config.target_modules
+    if wanted == "all-linear":
+        return linear
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    if isinstance(wanted, str):
+        for name, module in (("model.embed_tokens", "embed_tokens"), ("lm_head", "lm_head")):
+            if module not in config.modules_to_save and re.fullmatch(wanted, name):
+                raise UserError(f"target_modules, {wanted!r}, matches {name}, expected only layers of the blocks: {known}")
+        found = [name for name in linear if re.fullmatch(wanted, name)]
+        if not found:
+            raise UserError(f"target_modules, {wanted!r}, matches no layer, expected some of {known}")
+        return found
+    for end in wanted:
+        if not any(f".{name}".endswith(f".{end}") for name in linear):
+            raise UserError(f"target_modules names {end!r}, expected some of {known}")
+    return [name for name in linear if any(f".{name}".endswith(f".{end}") for end in wanted)]
 
 
-def saved_modules(model: Llama, config: LoRAConfig) -> dict[str, nn.Module]:
-    """Name -> module, for those that train whole."""
+def saved_modules(model: Llama, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Full name -> module, for `embed_tokens` and `lm_head` where `names` has them."""
     modules = {"model.embed_tokens": model.model["embed_tokens"], "lm_head": model.lm_head}
-    return {name: module for name, module in modules.items() if name.rpartition(".")[2] in config.modules_to_save}
+    return {name: module for name, module in modules.items() if name.rpartition(".")[2] in names}
 
 
 def add_lora(model: Llama, config: LoRAConfig) -> None:
@@ -114,41 +164,66 @@ def add_lora(model: Llama, config: LoRAConfig) -> None:
     targets = find_targets(model, config)
     model.requires_grad_(False)
     for name in targets:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, LoRALinear(model.get_submodule(name), config))
-    for module in saved_modules(model, config).values():  # a copy: the weights may still be a map of the checkpoint's file
+        layer = LoRALinear(model.get_submodule(name), *config.rank_and_scaling(name), config.lora_dropout)
+        replace_module(model, name, layer)
+    # A copy: the weights may still be a map of the checkpoint's file.
+    for module in saved_modules(model, config.modules_to_save).values():
         module.weight = nn.Parameter(module.weight.detach().float().clone())
     model.tie_weights()
     model.lora_config = config
+
+
+def replace_module(model: Llama, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def trainable_parameters(model: Llama) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def parameter_report(model: Llama) -> str:
+    """How many parameters train, of how many. (PEFT's count for MaLA-500, 2.1 of 10 billion, holds the frozen originals of
+    embed_tokens and lm_head, too, which it keeps beside the trained copies; here there is one of each.)"""
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return f"training {trained:,} of {total:,} parameters ({trained / total:.1%})"
+
+
 @torch.no_grad()
 def merge_lora(model: Llama) -> None:
-    """Add every update to its weight, in float32 then cast, and leave plain linear layers."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            weight = (module.weight.float() + module.delta()).to(module.weight.dtype)
-            with torch.device("meta"):
-                linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            if module.bias is not None:
-                linear.bias = module.bias
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, linear)
+    """Put a plain layer with the sum in place of every LoRALinear; these are kept in `model.unmerged`, base weights and all."""
+    model.unmerged = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    for name, module in model.unmerged.items():
+        replace_module(model, name, module.merged())
 
 
-def adapter_tensors(model: Llama) -> dict[str, nn.Parameter]:
-    """PEFT's name -> parameter, for all that an adapter holds."""
+def unmerge_lora(model: Llama) -> None:
+    """Undo `merge_lora`: the base weights are the very tensors that they were, not a difference, which would be rounded."""
+    for name, module in model.unmerged.items():
+        replace_module(model, name, module)
+    model.unmerged = {}
+
+
+# The files of PEFT.
+
+PREFIX = "base_model.model."  # what PEFT puts before a module's own name
+# Settings of `adapter_config.json` that do not change what an adapter computes. All others must be off.
+HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+            "megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+            "qalora_group_size", "ensure_weight_tying", "layers_pattern"}  # fmt: skip
+# Other ways to start A and B also change the base's weights, which the adapter then goes with.
+HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def adapter_tensors(model: Llama, whole: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """PEFT's name -> parameter, for all that an adapter holds: every A and B, and the modules that `whole` names."""
     tensors: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
             tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
-    for name, module in saved_modules(model, model.lora_config).items():
+    for name, module in saved_modules(model, whole).items():
         tensors[f"{PREFIX}{name}.weight"] = module.weight
     return tensors
 
@@ -157,40 +232,43 @@ def save_adapter(model: Llama, directory: str | Path, base: str = "") -> None:
     """Write the adapter in PEFT's format. `base` is where its base model lies, for whoever loads it."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model).items()}
+    config = model.lora_config
+    tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model, config.modules_to_save).items()}
     if model.config.tie_word_embeddings and f"{PREFIX}lm_head.weight" in tensors:
         # Written twice, as PEFT does: safetensors refuses two names for one memory.
         tensors[f"{PREFIX}lm_head.weight"] = tensors[f"{PREFIX}lm_head.weight"].clone()
     checkpoint.write_tensors(directory / "adapter_model.safetensors", tensors)
-    config = {**dataclasses.asdict(model.lora_config), "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
-              "base_model_name_or_path": base, "inference_mode": True}  # fmt: skip
-    checkpoint.write_json(directory / "adapter_config.json", config)
+    checkpoint.write_json(directory / "adapter_config.json", {
+        **dataclasses.asdict(config), "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
+        "base_model_name_or_path": base, "inference_mode": True,
+    })  # fmt: skip
 
 
+@torch.no_grad()
 def load_adapter(model: Llama, directory: str | Path) -> None:
     """Put the adapter in `directory` on `model`, which is left as it was if the two do not fit (UserError).
 
-    An adapter that holds more rows of embed_tokens and lm_head than the base, as MaLA-500's, brings its vocabulary along.
+    - An adapter that holds more rows of embed_tokens and lm_head than the base, as MaLA-500's, brings its vocabulary along.
+    - Where it holds one of them without training it (PEFT's `save_embedding_layers`), that replaces the base's.
+    - Where they are one matrix in the base and two in the adapter, the model's are two from then on, as they are in PEFT.
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
-    try:
-        find_targets(model, config)
-    except UserError as error:
-        raise UserError(f"{directory}: {error}") from None
-    file = directory / "adapter_model.safetensors"
-    tensors = _plain_names(checkpoint.read_tensors(file))
+    file, tensors = _read_adapter(directory)
+    embed_tokens, lm_head = (tensors.get(f"{PREFIX}{name}.weight") for name in ("model.embed_tokens", "lm_head"))
+    whole = tuple(name for name, tensor in zip(WHOLE, (embed_tokens, lm_head)) if tensor is not None)
+    tied = model.config.tie_word_embeddings and (not whole or len(whole) == 2 and torch.equal(embed_tokens, lm_head))
 
     # Fit the adapter to a plan of the model, which takes no memory, before the model itself is touched.
+    rows = max(model.config.vocab_size, embed_tokens.shape[0] if len(whole) == 2 and embed_tokens.ndim == 2 else 0)
     with torch.device("meta"):
-        plan = Llama(model.config)
-        embed_tokens, lm_head = (tensors.get(f"{PREFIX}{name}.weight") for name in ("model.embed_tokens", "lm_head"))
-        longer = None not in (embed_tokens, lm_head) and len(embed_tokens) > model.config.vocab_size
-        if longer:
-            shape = (len(embed_tokens), model.config.hidden_size)
-            plan.replace_vocabulary(torch.empty(shape), torch.empty(shape))
-        add_lora(plan, config)
-    expected = adapter_tensors(plan)
+        plan = Llama(dataclasses.replace(model.config, vocab_size=rows, tie_word_embeddings=tied))
+        try:
+            add_lora(plan, config)
+            find_targets(model, dataclasses.replace(config, modules_to_save=WHOLE))  # the model has no adapter yet
+        except UserError as error:
+            raise UserError(f"{directory}: {error}") from None
+    expected = adapter_tensors(plan, (*config.modules_to_save, *whole))
     if odd := sorted(tensors.keys() ^ expected.keys()):
         found, wanted = ("an extra", "none") if odd[0] in tensors else ("no", "one")
         raise UserError(f"{file}: {len(odd)} tensors differ from the model's: there is {found} {odd[0]!r}, expected {wanted}")
@@ -199,51 +277,104 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
             raise UserError(
                 f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected floating point {tuple(expected[name].shape)}"
             )
-    if model.config.tie_word_embeddings and lm_head is not None and not torch.equal(embed_tokens, lm_head):
-        raise UserError(
-            f"{file}: embed_tokens and lm_head differ, but in the base model they are one matrix, and stay one here"
-        )
+        if not tensor.isfinite().all():
+            raise UserError(f"{file}: {name} holds NaN or infinity, expected numbers; the training that wrote it diverged")
 
-    if longer:
-        weight = model.lm_head.weight
-        model.replace_vocabulary(weight.new_empty(shape), weight.new_empty(shape))  # filled below
+    model.config = dataclasses.replace(model.config, tie_word_embeddings=tied)
+    if whole:
+        # add_lora makes float32 copies of those that train; the others take the base's dtype.
+        model.replace_vocabulary(*(
+            old if new is None else new.to(old.device, new.dtype if name in config.modules_to_save else old.dtype)
+            for name, new, old in (("embed_tokens", embed_tokens, model.model["embed_tokens"].weight),
+                                   ("lm_head", lm_head, model.lm_head.weight))
+        ))  # fmt: skip
     add_lora(model, config)
-    with torch.no_grad():
-        for name, parameter in adapter_tensors(model).items():
-            parameter.copy_(tensors[name])
+    for name, parameter in adapter_tensors(model, ()).items():
+        parameter.copy_(tensors[name])
 
 
-def _plain_names(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """PEFT's name -> tensor. Over a resized base PEFT writes a module saved whole three times: under its plain name, again
-    after `modules_to_save.`, and as it was before training, after `original_module.`, which is left out."""
-    plain = {}
-    for name, tensor in tensors:
-        if ".original_module." not in name:
-            plain[name.replace(".modules_to_save.", ".")] = tensor
-    return plain
+def _read_adapter(directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The file of an adapter's tensors, and the tensors under the plainest of the names that PEFT has given them.
+
+    Over the years it has written `…lora_A.weight` and, with the adapter's name, `…lora_A.default.weight`; a module saved
+    whole as `lm_head.weight` and as `lm_head.modules_to_save.weight` or `lm_head.modules_to_save.default.weight`, over a
+    resized base as both, and beside it as it was before training, as `lm_head.original_module.weight`, which is left out.
+    """
+    file = directory / "adapter_model.safetensors"
+    if not file.exists() and (directory / "adapter_model.bin").exists():
+        file = directory / "adapter_model.bin"
+    plain, trained = {}, {}
+    for name, tensor in checkpoint.read_tensors(file) if file.suffix == ".safetensors" else checkpoint.read_bin(file):
+        name = re.sub(r"\.lora_([AB])\.[^.]+\.weight$", r".lora_\1.weight", name)
+        whole = re.sub(r"\.modules_to_save(\.[^.]+)?\.weight$", ".weight", name)
+        if whole != name:
+            trained[whole] = tensor
+        elif ".original_module." not in name:
+            plain[name] = tensor
+    return file, {**plain, **trained}
 
 
 def read_adapter_config(directory: Path) -> LoRAConfig:
-    """`adapter_config.json`. What would change the mathematics and is not implemented is refused by name."""
+    """`adapter_config.json`. What would change the mathematics and is not implemented is refused by name (UserError)."""
     path = directory / "adapter_config.json"
     values = checkpoint.read_json(path)
-    computed: dict[str, tuple[Any, ...]] = {
-        "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,),
-        "fan_in_fan_out": (False,), "rank_pattern": ({},), "alpha_pattern": ({},), "lora_bias": (False,),
-        "layers_to_transform": (None,), "layer_replication": (None,), "trainable_token_indices": (None,),
-        "target_parameters": (None, []), "alora_invocation_tokens": (None,), "use_qalora": (False,),
-        "exclude_modules": (None, []), "init_lora_weights": (True, False, "gaussian"),
-    }  # fmt: skip
-    for key, accepted in computed.items():
-        if key in values and values[key] not in (None, *accepted):
-            raise UserError(f"{path}: {key} is {values[key]!r}, expected {accepted[0]!r}: nothing else is implemented")
+    fields = {field.name for field in dataclasses.fields(LoRAConfig)}
+    for key, accepted in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("init_lora_weights", HARMLESS_STARTS)):
+        value = values.pop(key, accepted[0])
+        if value not in accepted:
+            raise UserError(f"{path}: {key} is {value!r}, expected {accepted[0]!r}: nothing else is implemented")
+    for key, value in values.items():
+        if key not in HARMLESS | fields and value not in (None, False, [], {}, ""):
+            raise UserError(f"{path}: {key} is {value!r}, which is not implemented; only plain LoRA is")
     for key in ("r", "lora_alpha", "target_modules"):
         if key not in values:
             raise UserError(f"{path}: there is no {key!r}; expected the adapter_config.json of a LoRA adapter")
-    targets, saved = values["target_modules"], values.get("modules_to_save") or []
-    if not isinstance(targets, list) or not isinstance(saved, list):
-        raise UserError(f"{path}: target_modules is {targets!r} and modules_to_save {saved!r}, expected lists of names")
+    given = {key: value for key, value in values.items() if key in fields and value is not None}
+    given = {"lora_dropout": 0.0, "modules_to_save": [], **given}
+    for key, kinds in (("target_modules", (list, str)), ("modules_to_save", (list,)), ("rank_pattern", (dict,)),
+                       ("alpha_pattern", (dict,))):  # fmt: skip
+        if not isinstance(given.get(key, kinds[0]()), kinds):
+            raise UserError(f"{path}: {key} is {given[key]!r}, expected a {' or '.join(kind.__name__ for kind in kinds)}")
+    if isinstance(given["target_modules"], list):
+        given["target_modules"] = tuple(given["target_modules"])
+    given["modules_to_save"] = tuple(str(name).removeprefix("model.") for name in given["modules_to_save"])
     try:
-        return LoRAConfig(values["r"], values["lora_alpha"], values.get("lora_dropout", 0.0), tuple(targets), tuple(saved))
+        return LoRAConfig(**given)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def merge_checkpoint(base: Path, adapter: Path, out: Path) -> None:
+    """Write a plain checkpoint of `base` with `adapter` merged into it, in the base's dtype, and the adapter's tokenizer if it
+    has one. Raises UserError where `out` exists, and as `load_adapter` does."""
+    with checkpoint.atomic_directory(out) as temporary:
+        model = Llama.from_pretrained(base)
+        dtype = model.lm_head.weight.dtype
+        load_adapter(model, adapter)
+        merge_lora(model)
+        model.unmerged = {}
+        for module in saved_modules(model, WHOLE).values():
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+        model.tie_weights()
+        model.save_pretrained(temporary)
+        tokenizer = next(
+            (folder / "tokenizer.model" for folder in (adapter, base) if (folder / "tokenizer.model").exists()), None
+        )
+        if tokenizer:
+            shutil.copyfile(tokenizer, temporary / "tokenizer.model")
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m mala.lora", description="LoRA adapters in PEFT's format.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("merge", help="write a plain checkpoint, with the adapter merged into its base")
+    command.add_argument("--model", type=Path, required=True, help="the base checkpoint's folder")
+    command.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
+    command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
+    args = parser.parse_args()
+    merge_checkpoint(args.model, args.adapter, args.out)
+    print(f"{args.out}: {args.model} + {args.adapter}, merged")
+
+
+if __name__ == "__main__":
+    run(main)

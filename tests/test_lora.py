@@ -1,16 +1,31 @@
 """mala.lora against PEFT."""
 
+import dataclasses
 import json
+import re
+import sys
 
 import peft
 import pytest
 import torch
 import transformers
 from conftest import tiny_config
+from safetensors.torch import load_file, save_file
 
 from mala.cli import UserError
-from mala.lora import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter, trainable_parameters
-from mala.model import Llama
+from mala.lora import (
+    LoRAConfig,
+    add_lora,
+    load_adapter,
+    main,
+    merge_checkpoint,
+    merge_lora,
+    parameter_report,
+    save_adapter,
+    trainable_parameters,
+    unmerge_lora,
+)
+from mala.model import Llama, LlamaConfig
 
 MALA = LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.0)
 
@@ -32,11 +47,10 @@ def tokens():
     return torch.randint(0, 100, (4, 17), generator=torch.Generator().manual_seed(1))
 
 
-def peft_model(base, config: LoRAConfig = MALA):
+def peft_model(base, config: LoRAConfig = MALA, **changes):
     model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return peft.get_peft_model(model, peft.LoraConfig(
-        r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
-        target_modules=list(config.target_modules), modules_to_save=list(config.modules_to_save)))  # fmt: skip
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **{**settings, **changes}))
 
 
 def train(model, tokens, steps=5, lr=1e-2):
@@ -80,8 +94,6 @@ def test_an_adapter_saved_by_peft_loads_here(base, tokens, tmp_path):
 
 
 def test_the_file_holds_the_keys_and_shapes_that_peft_writes(base, tokens, tmp_path):
-    from safetensors.torch import load_file
-
     peft_model(base).save_pretrained(tmp_path / "theirs")
     model = Llama.from_pretrained(base)
     add_lora(model, MALA)
@@ -90,24 +102,51 @@ def test_the_file_holds_the_keys_and_shapes_that_peft_writes(base, tokens, tmp_p
     assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
 
 
-def test_training_is_pefts_training(base, tokens):
-    """The same start, batches and optimiser: every loss, and what comes out."""
-    reference = peft_model(base)
-    model = Llama.from_pretrained(base)
-    add_lora(model, MALA)
+def copy_start(model, reference):
+    """Start A where PEFT's starts; returns our and its trained parameters in pairs."""
     theirs = {name: p for name, p in reference.named_parameters() if p.requires_grad}
-    ours = trainable_parameters(model)
     pairs = []
-    for name, parameter in ours.items():
+    for name, parameter in trainable_parameters(model).items():
         module, _, leaf = name.rpartition(".")
         theirs_name = {"weight": f"{module}.modules_to_save.default.weight"}.get(leaf, f"{name}.default.weight")
         pairs.append((parameter, theirs["base_model.model." + theirs_name]))
         if leaf == "lora_A":
             parameter.data.copy_(pairs[-1][1].data)
-    assert len(pairs) == len(theirs) == 2 * 2 * 2 + 2
-    ours_losses, their_losses = train(model, tokens, steps=20), train(reference, tokens, steps=20)
-    assert max(abs(a - b) for a, b in zip(ours_losses, their_losses)) < 1e-4
+    assert len(pairs) == len(theirs)
+    return pairs
+
+
+def test_training_is_pefts_training(base, tokens):
+    """The same start, batches and optimiser: every loss, and what comes out."""
+    model, reference = Llama.from_pretrained(base), peft_model(base)
+    add_lora(model, MALA)
+    pairs = copy_start(model, reference)
+    assert len(pairs) == 2 * 2 * 2 + 2
+    ours, theirs = train(model, tokens, steps=50, lr=1e-3), train(reference, tokens, steps=50, lr=1e-3)
+    assert max(abs(a - b) for a, b in zip(ours, theirs)) < 1e-4 and ours[-1] < ours[0] - 0.5
     assert max((a - b).abs().max() for a, b in pairs) < 1e-4
+
+
+def test_dropout_has_pefts_distribution(base, tokens):
+    """One layer, one input, many draws: mean and covariance of the output, and the share of an input that is dropped."""
+    config = LoRAConfig(lora_dropout=0.3, modules_to_save=())
+    model, reference = Llama.from_pretrained(base), peft_model(base, config)
+    add_lora(model, config)
+    ours = model.model["layers"][0].self_attn.q_proj
+    theirs = reference.base_model.model.model.layers[0].self_attn.q_proj
+    torch.manual_seed(0)
+    torch.nn.init.normal_(ours.lora_B)
+    with torch.no_grad():
+        theirs.lora_B["default"].weight.copy_(ours.lora_B)
+        theirs.lora_A["default"].weight.copy_(ours.lora_A)
+        x = torch.randn(32).expand(20_000, 32)
+        ours.train(), theirs.train()
+        a, b = ours(x).double(), theirs(x).double()
+    scale = a.std(0) / 20_000**0.5
+    assert ((a.mean(0) - b.mean(0)).abs() < 6 * scale).all()
+    assert ((a.mean(0) - ours.eval()(x[:1]).double()).abs() < 6 * scale).all()  # dropout leaves the mean as it is
+    assert (torch.cov(a.T) - torch.cov(b.T)).norm() < 0.05 * torch.cov(b.T).norm()
+    assert not torch.equal(a, b)
 
 
 def test_only_the_adapter_trains_and_in_float32(base, tokens):
@@ -135,17 +174,103 @@ def test_a_new_adapter_changes_nothing_and_dropout_only_training(base, tokens):
     assert not torch.equal(model(tokens), model(tokens))
 
 
-def test_merge(base, tokens, tmp_path):
-    model = Llama.from_pretrained(base)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_unmerge(dtype, base, tokens, tmp_path):
+    model = Llama.from_pretrained(base, dtype)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     add_lora(model, MALA)
     train(model, tokens)
     model.eval()
     expected = model(tokens)
     merge_lora(model)
-    assert (model(tokens) - expected).abs().max() < 1e-4
+    layer = model.model["layers"][1].self_attn.v_proj
+    assert type(layer) is torch.nn.Linear and layer.weight.dtype == dtype
+    if dtype == torch.float32:
+        assert (model(tokens) - expected).abs().max() < 1e-4
+    else:  # one rounding of the exact sum
+        adapted = model.unmerged["model.layers.1.self_attn.v_proj"]
+        exact = (
+            weights["model.layers.1.self_attn.v_proj.weight"].double() + 4 * adapted.lora_B.double() @ adapted.lora_A.double()
+        )
+        assert ((layer.weight.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
     model.save_pretrained(tmp_path / "merged")
-    reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert (reference(tokens).logits - expected).abs().max() < 1e-4
+    unmerge_lora(model)
+    assert torch.equal(model(tokens), expected)
+    frozen = [name for name in weights if name not in ("lm_head.weight", "model.embed_tokens.weight")]
+    assert all(torch.equal(dict(model.named_parameters())[name], weights[name]) for name in frozen)
+    if dtype == torch.float32:
+        reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        assert (reference(tokens).logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_command_merge_writes_a_plain_checkpoint(dtype, base, tokens, tmp_path, monkeypatch, capsys):
+    Llama.from_pretrained(base, dtype).save_pretrained(tmp_path / "base")
+    reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    reference.resize_token_embeddings(130)
+    reference = peft.get_peft_model(reference, peft.LoraConfig(
+        r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"]))  # fmt: skip
+    train(reference, tokens)
+    reference.eval().save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base/tokenizer.model").write_bytes(b"old")
+    (tmp_path / "adapter/tokenizer.model").write_bytes(b"new")
+    arguments = ["mala.lora", "merge"]
+    for flag, folder in (("--model", "base"), ("--adapter", "adapter"), ("--out", "out")):
+        arguments += [flag, str(tmp_path / folder)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    main()
+    assert "merged" in capsys.readouterr().out and (tmp_path / "out/tokenizer.model").read_bytes() == b"new"
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype} and merged.config.vocab_size == 130
+    difference = (merged.float()(tokens + 30).logits - reference(tokens + 30).logits).abs()
+    assert difference.max() < 1e-4 if dtype == torch.float32 else difference.mean() < 0.05 * reference(tokens).logits.std()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="out: the output folder exists"):
+        main()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", [*arguments[:-1], str(tmp_path / "other")])
+    with pytest.raises(UserError, match="there is no 'r'"):
+        main()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_published_adapter_stands_on_a_base_of_the_old_vocabulary(tmp_path):
+    """MaLA-500's files, narrower: its adapter_config.json, tensors of its shapes, 260,164 rows over a base of 32,000."""
+    model = Llama(
+        tiny_config(vocab_size=32_000, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=2)
+    )
+    model.init_weights(0)
+    published = {
+        "auto_mapping": None, "base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
+        "lora_alpha": 32, "lora_dropout": 0.1, "modules_to_save": ["embed_tokens", "lm_head"], "peft_type": "LORA", "r": 8,
+        "revision": None, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(published))
+    tensors = {f"base_model.model.{name}.weight": torch.randn(260_164, 8) for name in ("model.embed_tokens", "lm_head")}
+    for layer in range(2):
+        for target in ("q_proj", "v_proj"):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{target}"
+            tensors |= {f"{name}.lora_A.weight": torch.randn(8, 8), f"{name}.lora_B.weight": torch.randn(8, 8)}
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    load_adapter(model, tmp_path)
+    assert model.config.vocab_size == 260_164 == len(model.lm_head.weight)
+    loss = model.eval()(torch.tensor([[1, 40_000, 260_163]]), targets=torch.tensor([[40_000, 260_163, 2]]))
+    assert 0 < loss.item() < 100
+    query = model.model["layers"][0].self_attn.q_proj
+    assert (query.scaling, query.dropout) == (4, 0.1)
+    assert torch.equal(query.lora_B, tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"])
+
+
+def test_the_share_that_trains_is_mala500s():
+    """LLaMA 2 7B with 260,164 words: 2.1 billion train; of 10.7 billion, as PEFT counts the frozen copies, too."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(260_164, 4096, 11008, 32, 32))
+        add_lora(model, LoRAConfig())
+    trained = 2 * 260_164 * 4096 + 32 * 2 * 8 * (4096 + 4096)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert parameter_report(model) == f"training {trained:,} of {total:,} parameters ({trained / total:.1%})"
+    assert round(trained / 1e9, 1) == 2.1 and round((total + 2 * 260_164 * 4096) / 1e9, 1) == 10.7
 
 
 def test_an_adapter_over_a_longer_vocabulary_resizes_its_base(base, tokens, tmp_path):
@@ -163,28 +288,100 @@ def test_an_adapter_over_a_longer_vocabulary_resizes_its_base(base, tokens, tmp_
     assert (model(tokens) - reference(tokens).logits).abs().max() < 1e-4
 
 
-def test_lora_on_all_linear_layers_of_a_block(base, tokens, tmp_path):
-    everything = LoRAConfig(4, 16, 0.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), ())
-    reference = peft_model(base, everything)
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KINDS = {
+    "every layer by name": dict(r=4, lora_alpha=16, target_modules=EVERY, modules_to_save=()),
+    "all-linear": dict(target_modules="all-linear", modules_to_save=()),
+    "all-linear and the head": dict(target_modules="all-linear"),
+    "regular expression": dict(target_modules=r".*\.0\.self_attn\.(q|o)_proj"),
+    "part of a path": dict(target_modules=("1.self_attn.q_proj", "mlp.up_proj", "model.layers.0.self_attn.v_proj")),
+    "rslora": dict(use_rslora=True),
+    "ranks": dict(rank_pattern={"v_proj": 3, r"layers\.1\.self_attn\.q_proj": 5, "q_proj": 2}),
+    "alphas": dict(alpha_pattern={r"model\.layers\.0\..*": 5, "v_proj": 64.0}, use_rslora=True, rank_pattern={"proj": 7}),
+    "head only": dict(modules_to_save=("lm_head",)),
+    "embeddings only": dict(modules_to_save=("embed_tokens",), target_modules=("v_proj",)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_goes_both_ways(kind, base, tokens, tmp_path):
+    config = LoRAConfig(**{"lora_dropout": 0.0, **KINDS[kind]})
+    reference = peft_model(base, config)
     train(reference, tokens)
-    reference.save_pretrained(tmp_path / "adapter")
+    reference.eval().save_pretrained(tmp_path / "theirs")
     model = Llama.from_pretrained(base)
-    load_adapter(model, tmp_path / "adapter")
+    load_adapter(model, tmp_path / "theirs")
     assert (model.eval()(tokens) - reference(tokens).logits).abs().max() < 1e-4
+    train(model.train(), tokens)
+    save_adapter(model.eval(), tmp_path / "ours", base=str(base))
+    again = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "ours")
+    assert (again(tokens).logits - model(tokens)).abs().max() < 1e-4
+    assert (again(tokens).logits - reference(tokens).logits).abs().max() > 0.01
+    files = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
+    assert len({tuple(sorted((k, v.shape, v.dtype) for k, v in file.items())) for file in files}) == 1
+    fresh = Llama.from_pretrained(base)
+    add_lora(fresh, config)
+    assert {k: v.shape for k, v in trainable_parameters(fresh).items()} == {
+        k: v.shape for k, v in trainable_parameters(model).items()}  # fmt: skip
+
+
+RENAMED = {
+    "as it was in memory": lambda name: name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."),
+    "another adapter's name": lambda name: name.replace("lora_A.", "lora_A.my-task_1.").replace("lora_B.", "lora_B.my-task_1."),
+    "saved whole": lambda name: re.sub(r"(embed_tokens|lm_head)", r"\1.modules_to_save", name),
+    "saved whole, with a name": lambda name: re.sub(r"(embed_tokens|lm_head)", r"\1.modules_to_save.default", name),
+}
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("spelling", RENAMED)
+def test_all_that_peft_has_called_its_tensors(spelling, file, base, tokens, tmp_path):
+    reference = peft_model(base)
+    train(reference, tokens)
+    reference.eval().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    renamed = {RENAMED[spelling](name): tensor for name, tensor in tensors.items()}
+    assert len(renamed) == len(tensors)
+    for name in ("model.embed_tokens", "lm_head"):  # as they were before training, as some versions kept them
+        renamed[f"base_model.model.{name}.original_module.weight"] = torch.zeros(100, 32)
+    save = save_file if file.endswith("safetensors") else torch.save
+    save(renamed, tmp_path / file)
+    model = Llama.from_pretrained(base)
+    load_adapter(model, tmp_path)
+    assert (model.eval()(tokens) - reference(tokens).logits).abs().max() < 1e-4
+
+
+def test_embeddings_that_an_adapter_holds_but_does_not_train(base, tokens, tmp_path):
+    """PEFT saves them where the vocabulary was resized, though modules_to_save does not name them."""
+    reference = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    reference.resize_token_embeddings(130)
+    reference = peft.get_peft_model(reference, peft.LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
+    train(reference, tokens + 30)
+    reference.eval().save_pretrained(tmp_path, save_embedding_layers=True)
+    model = Llama.from_pretrained(base, dtype=torch.float32)
+    load_adapter(model, tmp_path)
+    assert (model.eval()(tokens + 30) - reference(tokens + 30).logits).abs().max() < 1e-4
     assert not any(name.endswith("weight") for name in trainable_parameters(model))
 
 
-def test_peft_unties_a_tied_model_and_that_is_refused(tmp_path, tokens):
+@pytest.mark.parametrize("whole", [("embed_tokens", "lm_head"), ("lm_head",), ("embed_tokens",), ()])
+def test_a_tied_model_that_peft_untied_has_two_matrices_here(whole, tmp_path, tokens):
     model = Llama(tiny_config(tie_word_embeddings=True))
     model.init_weights(0)
     model.save_pretrained(tmp_path / "base")
-    reference = peft_model(tmp_path / "base")
+    reference = peft_model(tmp_path / "base", LoRAConfig(lora_dropout=0.0, modules_to_save=whole))
     train(reference, tokens)
-    reference.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match="embed_tokens and lm_head differ"):
-        load_adapter(model, tmp_path / "adapter")
+    reference.eval().save_pretrained(tmp_path / "adapter")
+    load_adapter(model, tmp_path / "adapter")
+    assert (model.eval()(tokens) - reference(tokens).logits).abs().max() < 1e-4
+    assert model.config.tie_word_embeddings == (whole == ())
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (merged(tokens).logits - reference(tokens).logits).abs().max() < 1e-4
     with pytest.raises(UserError, match="name both or neither"):
-        add_lora(model, LoRAConfig(modules_to_save=("lm_head",)))
+        add_lora(Llama.from_pretrained(tmp_path / "base"), LoRAConfig(modules_to_save=("lm_head",)))
 
 
 def test_recomputation_draws_the_same_dropout(base, tokens):
@@ -215,8 +412,6 @@ def test_a_tied_model_stays_tied(tmp_path, tokens):
 
 
 def spoil(adapter, config=None, tensors=None):
-    from safetensors.torch import load_file, save_file
-
     if config:
         values = json.loads((adapter / "adapter_config.json").read_text())
         values.update(config)
@@ -234,7 +429,7 @@ BAD = {
     "missing": (dict(tensors=lambda t: t.pop(A0)), r"there is no .*q_proj\.lora_A"),
     "extra": (dict(tensors=lambda t: t.update(x=torch.ones(1))), r"there is an extra 'x'"),
     "width": (dict(tensors=lambda t: t.update({A0: torch.ones(8, 33)})), r"\(8, 33\), expected floating point \(8, 32\)"),
-    "dora": (dict(config={"use_dora": True}), r"use_dora is True"),
+    "dora": (dict(config={"use_dora": True}), r"adapter_config\.json: use_dora is True, which is not implemented"),
     "alpha": (dict(config={"lora_alpha": "32"}), r"adapter_config\.json: lora_alpha is '32'"),
     "names": (dict(config={"target_modules": ["q_proj", 3]}), r"adapter_config\.json: target_modules"),
     "pissa": (dict(config={"init_lora_weights": "pissa"}), r"init_lora_weights is 'pissa'"),
@@ -243,6 +438,20 @@ BAD = {
     "kind": (dict(config={"peft_type": "IA3"}), r"peft_type is 'IA3'"),
     "bias": (dict(config={"bias": "all"}), r"bias is 'all'"),
     "module": (dict(config={"target_modules": ["query"]}), r"target_modules names 'query', expected some of"),
+    "nan": (dict(tensors=lambda t: t[A0].view(-1)[3:4].fill_(float("nan"))), r"q_proj\.lora_A\.weight holds NaN or infinity"),
+    "infinite": (dict(tensors=lambda t: t["base_model.model.lm_head.weight"][5].fill_(float("inf"))), r"lm_head\.weight holds"),
+    "integers": (dict(tensors=lambda t: t.update({A0: torch.ones(8, 32).int()})), r"torch\.int32 \(8, 32\), expected floating"),
+    "scalar": (dict(tensors=lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(())})), r"\(\), expected"),
+    "no expression": (dict(config={"target_modules": "q_proj("}), r"adapter_config\.json: 'q_proj\(' is no regular expression"),
+    "no match": (dict(config={"target_modules": "query_.*"}), r"target_modules, 'query_\.\*', matches no layer"),
+    "head by match": (dict(config={"target_modules": ".*", "modules_to_save": []}), r"matches model\.embed_tokens, expected"),
+    "future": (dict(config={"use_new_trick": True}), r"use_new_trick is True, which is not implemented"),
+    "layers": (dict(config={"layers_to_transform": [1]}), r"layers_to_transform is \[1\]"),
+    "excluded": (dict(config={"exclude_modules": ["v_proj"]}), r"exclude_modules is \['v_proj'\]"),
+    "transposed": (dict(config={"fan_in_fan_out": True}), r"fan_in_fan_out is True"),
+    "pattern": (dict(config={"rank_pattern": {"q_proj": 0}}), r"the LoRA rank r is 0"),
+    "patterns": (dict(config={"alpha_pattern": ["q_proj"]}), r"alpha_pattern is \['q_proj'\], expected a dict"),
+    "pattern's rank": (dict(config={"rank_pattern": {"q_proj": 4}}), r"\(8, 32\), expected floating point \(4, 32\)"),
     "one matrix": (dict(tensors=lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(99, 32)})), r"lm_head"),
 }  # fmt: skip
 
@@ -261,3 +470,26 @@ def test_a_wrong_adapter_is_one_sentence_and_leaves_the_model_as_it_was(case, ba
     assert "\n" not in str(caught.value)
     assert torch.equal(model(tokens), expected) and [name for name, _ in model.named_parameters()] == names
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_pickle_that_is_more_than_tensors_is_not_loaded(base, tmp_path):
+    model = Llama.from_pretrained(base)
+    add_lora(model, MALA)
+    save_adapter(model, tmp_path)
+    whole = tmp_path / "whole.bin"
+    torch.save(load_file(tmp_path / "adapter_model.safetensors"), whole)
+    (tmp_path / "adapter_model.safetensors").unlink()
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    torch.save({"x": Trap()}, tmp_path / "trap.bin")
+    torch.save([torch.ones(1)], tmp_path / "list.bin")
+    contents = [(tmp_path / "trap.bin").read_bytes(), b"", b"text", whole.read_bytes()[:5000]]
+    for content, message in [*((c, "truncated, or it holds more than tensors") for c in contents),
+                             ((tmp_path / "list.bin").read_bytes(), "found a list, expected a dict of tensors")]:  # fmt: skip
+        (tmp_path / "adapter_model.bin").write_bytes(content)
+        with pytest.raises(UserError, match=rf"adapter_model\.bin: {message}"):
+            load_adapter(Llama.from_pretrained(base), tmp_path)
+    assert not (tmp_path / "sprung").exists()
