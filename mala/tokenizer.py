@@ -59,7 +59,7 @@ class Tokenizer:
                 f"use the model's own tokenizer, or extend the model: python -m mala.vocab extend"
             )
 
-    @property
+    @cached_property
     def pieces(self) -> list[str]:
         return [self.processor.id_to_piece(i) for i in range(len(self))]
 

@@ -27,7 +27,7 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from mala.bpe import learn_pieces, merge_symbols
+from mala.bpe import learn_pieces
 from mala.checkpoint import atomic_file, write_json
 from mala.cli import ArgumentParser, UserError, choose_device, run
 from mala.data import Corpus, language_shares
@@ -162,13 +162,7 @@ def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
     check_bpe(base)
     counts = {WORD_START + word: count for word, count in words.items()}
     known = base.scores()
-    symbols = {}
-    for word, ids in zip(counts, base.segment(list(counts))):
-        # To the merges a character that falls back to bytes is one symbol: it becomes bytes only after them.
-        symbols[word] = merge_symbols(list(word), known)
-        encoded = [base.processor.id_to_piece(i) for i in ids]
-        if [piece for piece in encoded if piece in known] != [symbol for symbol in symbols[word] if symbol in known]:
-            raise UserError(f"{base.name}: segments {word!r} otherwise than its scores say; continue takes a plain BPE model")
+    symbols = {word: _symbols(base, word, ids) for word, ids in zip(counts, base.segment(list(counts)))}
     pieces = learn_pieces(counts, symbols, known, size)
     if len(pieces) < size:
         raise UserError(f"cannot learn {size} pieces from this corpus: it yields {len(pieces)}; ask for as many")
@@ -178,6 +172,22 @@ def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
         score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
         scores[piece] = float(score)
     return append_pieces(base, scores)
+
+
+def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
+    """The pieces of a word's segmentation, with a character that falls back to bytes as one symbol: to the merges it is one."""
+    symbols, at, left = [], 0, iter(ids)
+    for i in left:
+        if i in base.byte_ids:
+            symbols.append(word[at : at + 1])
+            for _ in symbols[-1].encode()[1:]:
+                next(left, None)
+        else:
+            symbols.append(base.pieces[i])
+        at += len(symbols[-1])
+    if "".join(symbols) != word:
+        raise UserError(f"{base.name}: reads {word!r} as {''.join(symbols)!r}; continue takes a base that does not normalise")
+    return symbols
 
 
 def check_corpus(args) -> None:

@@ -220,6 +220,16 @@ def test_errors(base, new):
             call()
 
 
+def test_continue_refuses_a_base_that_rewrites_text():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(DEMO["eng_Latn"] * 20), model_writer=model,
+                                             vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2)  # fmt: skip
+    nfkc = Tokenizer(model.getvalue(), "nfkc.model")
+    for word in ("ﬁve", "ﬁé½ጤ", "ᄀ"):
+        with pytest.raises(UserError, match=r"nfkc.model: reads '▁.*' as '.*'; continue takes a base that does not normalise"):
+            continue_merges(nfkc, {word: 5, "five": 3, "fives": 3}, 1)
+
+
 def test_a_merged_model_loads_in_sentencepiece_and_transformers(base, new, tmp_path):
     import transformers
 
