@@ -7,7 +7,7 @@ from conftest import ROOT, SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mala.bpe import joinable, learn_pieces, merge_symbols
+from mala.bpe import joinable, learn_pieces, merge_piece, merge_symbols
 from mala.cli import UserError
 from mala.data import Corpus
 from mala.report import unreachable
@@ -58,6 +58,31 @@ def test_pieces_are_those_of_the_slow_learner_and_all_can_occur(texts, size):
         pieces_of_word = [s if s in merged.scores() else None for s in merge_symbols(list(word), merged.scores())]
         encoded = [merged.processor.id_to_piece(i) for i in merged.segment([word])[0]]
         assert [p for p in encoded if not p.startswith("<0x")] == [p for p in pieces_of_word if p]
+
+
+@given(
+    text=st.text(alphabet="abcdeé", min_size=1, max_size=30), new=st.lists(st.text(alphabet="abcde", min_size=2, max_size=4))
+)
+@settings(deadline=None, max_examples=200)
+def test_merging_one_more_piece_is_merging_anew(text, new):
+    """merge_piece, which looks only where the piece is, against merge_symbols, which starts from the characters."""
+    scores = {character: 0.0 for character in "abcde"} | {"ab": -1.0, "cd": -2.0, "abcd": -3.0}
+    symbols = merge_symbols(list(text), scores)
+    for number, piece in enumerate(dict.fromkeys(new), 4):
+        if piece not in scores and any(piece == a + b for a in scores for b in scores):
+            scores[piece] = -float(number)
+            symbols = merge_piece(symbols, piece, scores)
+            assert symbols == merge_symbols(list(text), scores)
+
+
+def test_text_without_spaces_is_learnt_in_fragments():
+    """A line of Chinese is one word."""
+    parts = ["银行", "银行家", "中国", "中国银行", "国家"]
+    line = "，".join(parts * 3) + "。"
+    together = continue_merges(BASE, count_words([(line, 2)]), 10)
+    assert {"银行", "中国"} <= set(Tokenizer(together).pieces[len(BASE) :])
+    long = learn_pieces({"x": 2}, {"x": list("ab" * 500)}, {"a": 0.0, "b": 0.0}, 5)  # beyond MAX_FRAGMENT, in pieces of it
+    assert long[0] == "ab" and len(long[-1]) == 16
 
 
 def test_continue_leaves_no_unreachable_piece_and_fewer_tokens_than_the_union():
