@@ -2,7 +2,8 @@
 
     python benchmarks/vocabulary.py --base tokenizer.model --data CORPUS [--sizes 8000,32000] [--json FILE]
 
-Both learn from the first 80 % of each language's documents; fertility and unreachable pieces are those of mala/report.py.
+Both learn from all but the last 20 % of each language's documents, at most 1,000; fertility and unreachable pieces are those of
+mala/report.py.
 """
 
 import argparse

@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; expected a model or adapter folder as the hub holds it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, nested too deeply
         raise UserError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a JSON {type(value).__name__}, expected an object")
@@ -116,6 +116,8 @@ def read_tensors(file: Path, only: Collection[str] = ()) -> Iterator[tuple[str, 
                     yield name, tensors.get_tensor(name)
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; download the checkpoint again, in safetensors format") from None
+    except OSError as error:  # a folder of that name, say
+        raise UserError(f"{file}: cannot be read ({error})") from None
     except SafetensorError as error:
         raise UserError(f"{file}: truncated or not a safetensors file ({error}); download it again") from None
 
@@ -145,7 +147,11 @@ def weight_files(directory: Path) -> list[Path]:
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{directory / INDEX}: no 'weight_map' from tensor names to files; download it again")
-    return [directory / shard for shard in sorted(set(weight_map.values()))]
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise UserError(f"{directory / INDEX}: names the file {shard!r}, expected one in the same folder")
+    return [directory / shard for shard in shards]
 
 
 def rewrite_tensors(source: Path, target: Path, changed: dict[str, torch.Tensor]) -> None:
@@ -179,6 +185,19 @@ def rewrite_tensors(source: Path, target: Path, changed: dict[str, torch.Tensor]
             old.seek(data + start)
             for left in range(stop - start, 0, -COPY_BYTES):
                 new.write(old.read(min(left, COPY_BYTES)))
+
+
+# What does not go with a checkpoint whose weights or words were changed: weights in other formats, and the old words.
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+VOCABULARY = ("tokenizer.model", "tokenizer.json", "added_tokens.json")
+
+
+def copy_companions(source: Path, target: Path, with_vocabulary: bool) -> None:
+    """Copy the small files of a model folder that lie beside its weights: generation_config.json, the licence, ..."""
+    for file in sorted(source.iterdir()):
+        is_weights = file.suffix in OTHER_WEIGHTS or file.name == INDEX
+        if file.is_file() and not is_weights and (with_vocabulary or file.name not in VOCABULARY):
+            shutil.copyfile(file, target / file.name)
 
 
 def write_weights(directory: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

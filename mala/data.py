@@ -180,7 +180,7 @@ def _json_text(file: Path, number: int, line: str) -> str:
         text = json.loads(line)["text"]
         text.encode()  # half a surrogate pair, "\ud800", is JSON but no text
         return text
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeEncodeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):  # UnicodeEncodeError is a ValueError
         raise UserError(f'{file}: line {number} is not a JSON object with a string "text"') from None
 
 
@@ -209,8 +209,11 @@ def _read_arrow(file: Path) -> Iterator[str]:
         else:
             batches = pa.ipc.open_stream(pa.memory_map(str(file)))
         for batch in batches:
-            yield from (text for text in batch.column("text").to_pylist() if text is not None)
-    except (pa.ArrowException, KeyError) as error:
+            column = batch.column("text")
+            if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+                raise KeyError(f"text is {column.type}, expected string")
+            yield from (text for text in column.to_pylist() if text is not None)
+    except (pa.ArrowException, KeyError, OSError) as error:
         raise UserError(f"{file}: not a table with a column 'text' ({error})") from None
 
 

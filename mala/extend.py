@@ -13,8 +13,8 @@ Shapes: V_base and V rows before and after, V_new = V - V_base, D hidden size, N
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +22,23 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from mala.checkpoint import INDEX, atomic_directory, read_json, read_tensors, rewrite_tensors, weight_files, write_json
+from mala.checkpoint import (
+    INDEX,
+    WEIGHTS,
+    atomic_directory,
+    copy_companions,
+    read_json,
+    read_tensors,
+    rewrite_tensors,
+    weight_files,
+    write_json,
+)
 from mala.cli import UserError
 from mala.model import Llama, LlamaConfig
 from mala.tokenizer import Tokenizer
 
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK = 4096  # rows made at a time: what is float32 stays small beside the matrix
-# What is not copied beside the shards: weights in other formats, which keep the old vocabulary, and the old vocabulary.
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-OLD_VOCABULARY = ("tokenizer.json", "added_tokens.json")
 Segments = list[list[int]]  # the base tokens of each new piece
 
 
@@ -75,7 +82,10 @@ INITS = {"normal": normal, "mean": mean, "subtokens": subtokens, "calibrated": s
 def extended_matrix(old: torch.Tensor, segments: Segments, init: str, std: float, seed: int) -> torch.Tensor:
     """old (V_base, D) -> (V, D) of the same dtype: the old rows, then a new one for each of `segments`, made in float32."""
     generator = torch.Generator(old.device).manual_seed(seed)
-    rows = INITS[init](old.float(), std, generator)
+    base = old.float()
+    if not base.isfinite().all():
+        raise UserError("embed_tokens or lm_head of the checkpoint holds NaN or infinity; new rows cannot come of that")
+    rows = INITS[init](base, std, generator)
     matrix = old.new_empty(len(old) + len(segments), old.shape[1])
     matrix[: len(old)] = old
     for start in range(0, len(segments), CHUNK):
@@ -125,40 +135,51 @@ def calibrate(model: Llama, tokenizer: Tokenizer, first: int, drawn: Iterable[tu
     about 1 everywhere, so w_v + b_v u has the logits of w_v, plus about b_v. The b_v are found by iterative scaling: from 0,
     b_v += log frequency_v - log mean probability_v (Darroch & Ratcliff 1972).
 
-    drawn: (document, times); the frequencies come from all of it, the hidden states from about `positions` of its tokens.
+    drawn: (document, times), at least one; the frequencies come from all of it, the hidden states from about `positions` of
+    its tokens. Both count a document as often as it is drawn.
     """
-    texts = list(drawn)
-    counts: Counter[int] = Counter()
-    encoded = tokenizer.encode_batch([text for text, _ in texts], bos=True)
-    for ids, (_, times) in zip(encoded, texts):
-        for token in ids[1:]:
-            counts[token] += times
-    device = model.lm_head.weight.device
-    frequency = torch.ones(len(tokenizer), device=device)  # once more than seen: no logarithm of 0
-    frequency[list(counts)] += torch.tensor(list(counts.values()), dtype=torch.float32, device=device)
+    device, weight = model.lm_head.weight.device, model.lm_head.weight
+    counts, texts = count_tokens(tokenizer, drawn, np.random.default_rng(seed), keep=positions)
+    frequency = torch.from_numpy(counts + 1).float().to(device)  # once more than seen: no logarithm of 0
     frequency /= frequency.sum()
 
-    states, found = [], 0
-    for index in np.random.default_rng(seed).permutation(len(encoded)):
-        if found >= positions:
+    states, times = [], []
+    for text, text_times in texts:
+        if sum(map(len, states)) >= positions:
             break
-        tokens = torch.tensor([encoded[index][: model.config.max_position_embeddings]], device=device)  # (1, T)
-        states.append(model.hidden_states(tokens)[0].float())  # (T, D)
-        found += len(states[-1])
+        ids = tokenizer.encode(text, bos=True)[: model.config.max_position_embeddings]
+        states.append(model.hidden_states(torch.tensor([ids], device=device))[0].float())  # (T, D)
+        times += [text_times] * len(ids)
     hidden = torch.cat(states)  # (N, D)
-    common = hidden.mean(0)
+    share = torch.tensor(times, dtype=torch.float32, device=device)  # (N,), of each position in a mean
+    share /= share.sum()
+    common = share @ hidden
     u = common / common.square().sum()  # (D,)
-    weight = model.lm_head.weight
     bias = torch.zeros(len(weight), device=device)  # (V,), 0 for the old rows
     for _ in range(rounds):
         probability = torch.zeros(len(weight), device=device)  # (V,)
-        for chunk in hidden.split(256):
+        for chunk, chunk_share in zip(hidden.split(256), share.split(256)):
             logits = F.linear(chunk.to(weight.dtype), weight).float() + torch.outer(chunk @ u, bias)  # (256, V)
-            probability += logits.softmax(-1).sum(0) / len(hidden)
-        bias[first:] += (frequency / probability)[first:].log()
+            probability += chunk_share @ logits.softmax(-1)
+        bias[first:] += (frequency / probability.clamp(min=1e-30))[first:].log()
     for start in range(first, len(weight), CHUNK):
         rows = weight[start : start + CHUNK]
         rows.copy_(rows.float() + torch.outer(bias[start : start + CHUNK], u))
+
+
+def count_tokens(tokenizer: Tokenizer, drawn: Iterable[tuple[str, int]], rng: np.random.Generator, keep: int
+                 ) -> tuple[np.ndarray, list[tuple[str, int]]]:  # fmt: skip
+    """How often each token occurs in the documents (text, times), (V,) float64, and `keep` of these in random order."""
+    counts = np.zeros(len(tokenizer))
+    kept: list[tuple[str, int]] = []
+    documents = enumerate(drawn)
+    while batch := list(islice(documents, 1000)):
+        for ids, (number, document) in zip(tokenizer.encode_batch([text for _, (text, _) in batch]), batch):
+            np.add.at(counts, ids, document[1])
+            # Reservoir sampling: each document so far is among those kept with the same probability (Knuth, TAOCP 3.4.2).
+            place = number if number < keep else int(rng.integers(number + 1))
+            kept[place : place + 1] = [document] if place < keep else kept[place : place + 1]
+    return counts, [kept[i] for i in rng.permutation(len(kept))]
 
 
 def save_extended(model: Llama, tokenizer: Tokenizer, directory: Path, replace: bool = False) -> None:
@@ -179,6 +200,7 @@ def extend_checkpoint(source: Path, merged: Tokenizer, out: Path, init: str, see
     """
     config, base = LlamaConfig.from_pretrained(source), Tokenizer.from_pretrained(source)
     shards = weight_files(source)
+    check_added_tokens(source, base)
     with atomic_directory(out) as temporary:
         segments = segment_new(config, base, merged)
         if not segments:
@@ -203,21 +225,39 @@ def extend_checkpoint(source: Path, merged: Tokenizer, out: Path, init: str, see
             own_seed = 2 * seed + (name == LM_HEAD and not config.tie_word_embeddings)
             return extended_matrix(old[: len(base)], segments, init, config.initializer_range, own_seed)
 
+        copy_companions(source, temporary, with_vocabulary=False)
         new_bytes = new_values = 0
-        for file in tqdm(sorted(source.iterdir()), desc="copying", unit="file", leave=False, disable=None):
-            old = dict(read_tensors(file, (EMBED_TOKENS, LM_HEAD))) if file in shards else {}
-            if old:
-                more = sum((len(merged) - len(tensor)) * config.hidden_size for tensor in old.values())
-                new_values, new_bytes = new_values + more, new_bytes + more * next(iter(old.values())).itemsize
-                # The new matrices have no name here: they are gone before those of the next shard are made.
-                rewrite_tensors(file, temporary / file.name, {name: extended(name, tensor) for name, tensor in old.items()})
-            elif file in shards or file.is_file() and file.suffix not in OTHER_WEIGHTS and file.name not in OLD_VOCABULARY:
+        for file in tqdm(shards, desc="copying", unit="file", leave=False, disable=None):
+            old = dict(read_tensors(file, (EMBED_TOKENS, LM_HEAD)))
+            if not old:
                 shutil.copyfile(file, temporary / file.name)
-        if len(shards) > 1:
+                continue
+            more = sum((len(merged) - len(tensor)) * config.hidden_size for tensor in old.values())
+            new_values, new_bytes = new_values + more, new_bytes + more * next(iter(old.values())).itemsize
+            # The new matrices have no name here: they are gone before those of the next shard are made.
+            rewrite_tensors(file, temporary / file.name, {name: extended(name, tensor) for name, tensor in old.items()})
+        if shards != [source / WEIGHTS]:
             index = read_json(source / INDEX)
+            metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
             for key, more in (("total_size", new_bytes), ("total_parameters", new_values)):
-                if key in index.get("metadata", {}):
-                    index["metadata"][key] += more
+                if isinstance(metadata.get(key), int | float):
+                    metadata[key] += more
             write_json(temporary / INDEX, index)
         write_json(temporary / "config.json", {**read_json(source / "config.json"), "vocab_size": len(merged)})
         (temporary / "tokenizer.model").write_bytes(merged.model)
+
+
+def check_added_tokens(source: Path, base: Tokenizer) -> None:
+    """Raise UserError where transformers' files name tokens after the last of `tokenizer.model`: their ids are taken now."""
+    for name, key in (("added_tokens.json", None), ("tokenizer_config.json", "added_tokens_decoder")):
+        if not (source / name).exists():
+            continue
+        values = read_json(source / name)
+        table = values if key is None else values.get(key) or {}
+        ids = table.values() if key is None else table
+        beyond = [int(i) for i in ids if str(i).isdigit() and int(i) >= len(base)]
+        if beyond:
+            raise UserError(
+                f"{source / name}: adds token {min(beyond)} after the {len(base):,} of {base.name}, where the new pieces go; "
+                f"take it out of this file if the model can do without it"
+            )

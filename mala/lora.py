@@ -25,6 +25,7 @@ from mala.cli import ArgumentParser, UserError, run
 from mala.model import Llama
 
 WHOLE = ("embed_tokens", "lm_head")  # what may train whole
+_ENDS_WITH = r"(.*\.)?({})$"  # as PEFT compares a pattern: with a whole name, or with its end after a dot
 
 
 @dataclass
@@ -47,10 +48,10 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
-            if type(r) is not int or r < 1:
-                raise UserError(f"the LoRA rank r is {r!r}, expected a positive whole number")
+            if type(r) is not int or not 1 <= r <= 2**16:
+                raise UserError(f"the LoRA rank r is {r!r}, expected a whole number from 1 to 65,536")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            if type(alpha) not in (int, float) or not -1e30 < alpha < 1e30:
                 raise UserError(f"lora_alpha is {alpha!r}, expected a number")
         if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout is {self.lora_dropout!r}, expected a number from 0 to below 1")
@@ -68,7 +69,7 @@ class LoRAConfig:
                 raise UserError(
                     f"modules_to_save names {name!r}, expected some of {', '.join(WHOLE)}: nothing else trains whole"
                 )
-        patterns = [*self.rank_pattern, *self.alpha_pattern]
+        patterns = [_ENDS_WITH.format(pattern) for pattern in (*self.rank_pattern, *self.alpha_pattern)]
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             patterns.append(self.target_modules)
         for pattern in patterns:
@@ -81,8 +82,7 @@ class LoRAConfig:
         """R of the layer `name`, and what its update is multiplied by: alpha/R, or alpha/√R (rsLoRA, arXiv 2312.03732)."""
 
         def setting(patterns: dict, default: float) -> float:
-            # As PEFT compares: the whole name, or its end after a dot.
-            matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+            matching = (value for pattern, value in patterns.items() if re.match(_ENDS_WITH.format(pattern), name))
             return next(matching, default)
 
         r = setting(self.rank_pattern, self.r)
@@ -171,6 +171,8 @@ def add_lora(model: Llama, config: LoRAConfig) -> None:
         module.weight = nn.Parameter(module.weight.detach().float().clone())
     model.tie_weights()
     model.lora_config = config
+    model.lora_whole = config.modules_to_save  # what an adapter of this model holds whole
+    model.unmerged = {}
 
 
 def replace_module(model: Llama, name: str, module: nn.Module) -> None:
@@ -193,6 +195,8 @@ def parameter_report(model: Llama) -> str:
 @torch.no_grad()
 def merge_lora(model: Llama) -> None:
     """Put a plain layer with the sum in place of every LoRALinear; these are kept in `model.unmerged`, base weights and all."""
+    if model.unmerged:
+        raise UserError("the model's adapter is merged already")
     model.unmerged = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     for name, module in model.unmerged.items():
         replace_module(model, name, module.merged())
@@ -200,6 +204,8 @@ def merge_lora(model: Llama) -> None:
 
 def unmerge_lora(model: Llama) -> None:
     """Undo `merge_lora`: the base weights are the very tensors that they were, not a difference, which would be rounded."""
+    if not model.unmerged:
+        raise UserError("the model has no merged adapter")
     for name, module in model.unmerged.items():
         replace_module(model, name, module)
     model.unmerged = {}
@@ -230,16 +236,17 @@ def adapter_tensors(model: Llama, whole: tuple[str, ...]) -> dict[str, nn.Parame
 
 def save_adapter(model: Llama, directory: str | Path, base: str = "") -> None:
     """Write the adapter in PEFT's format. `base` is where its base model lies, for whoever loads it."""
+    if model.unmerged:
+        raise UserError("the model's adapter is merged into its weights; unmerge it first")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = model.lora_config
-    tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model, config.modules_to_save).items()}
+    tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model, model.lora_whole).items()}
     if model.config.tie_word_embeddings and f"{PREFIX}lm_head.weight" in tensors:
         # Written twice, as PEFT does: safetensors refuses two names for one memory.
         tensors[f"{PREFIX}lm_head.weight"] = tensors[f"{PREFIX}lm_head.weight"].clone()
     checkpoint.write_tensors(directory / "adapter_model.safetensors", tensors)
     checkpoint.write_json(directory / "adapter_config.json", {
-        **dataclasses.asdict(config), "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
+        **dataclasses.asdict(model.lora_config), "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
         "base_model_name_or_path": base, "inference_mode": True,
     })  # fmt: skip
 
@@ -289,6 +296,7 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
                                    ("lm_head", lm_head, model.lm_head.weight))
         ))  # fmt: skip
     add_lora(model, config)
+    model.lora_whole = tuple({*config.modules_to_save, *whole})
     for name, parameter in adapter_tensors(model, ()).items():
         parameter.copy_(tensors[name])
 
@@ -322,12 +330,13 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
     for key, accepted in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("init_lora_weights", HARMLESS_STARTS)):
         value = values.pop(key, accepted[0])
         if value not in accepted:
-            raise UserError(f"{path}: {key} is {value!r}, expected {accepted[0]!r}: nothing else is implemented")
+            known = " or ".join(repr(one) for one in accepted if one is not None)
+            raise UserError(f"{path}: {key} is {value!r}, expected {known}: nothing else is implemented")
     for key, value in values.items():
         if key not in HARMLESS | fields and value not in (None, False, [], {}, ""):
             raise UserError(f"{path}: {key} is {value!r}, which is not implemented; only plain LoRA is")
     for key in ("r", "lora_alpha", "target_modules"):
-        if key not in values:
+        if values.get(key) is None:
             raise UserError(f"{path}: there is no {key!r}; expected the adapter_config.json of a LoRA adapter")
     given = {key: value for key, value in values.items() if key in fields and value is not None}
     given = {"lora_dropout": 0.0, "modules_to_save": [], **given}
@@ -345,23 +354,34 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
 
 
 def merge_checkpoint(base: Path, adapter: Path, out: Path) -> None:
-    """Write a plain checkpoint of `base` with `adapter` merged into it, in the base's dtype, and the adapter's tokenizer if it
-    has one. Raises UserError where `out` exists, and as `load_adapter` does."""
+    """Write a plain checkpoint of `base` with `adapter` merged into it, in the base's dtype.
+
+    The base's other files come along; the adapter's tokenizer takes the place of the base's. Raises UserError where `out`
+    exists, where no tokenizer goes with a longer vocabulary, and as `load_adapter` does.
+    """
     with checkpoint.atomic_directory(out) as temporary:
         model = Llama.from_pretrained(base)
-        dtype = model.lm_head.weight.dtype
+        dtype, vocab_size = model.lm_head.weight.dtype, model.config.vocab_size
         load_adapter(model, adapter)
+        brings_tokenizer = (adapter / "tokenizer.model").exists()
+        if model.config.vocab_size > vocab_size and not brings_tokenizer:
+            raise UserError(f"{adapter}: there is no tokenizer.model, but the adapter has {model.config.vocab_size:,} rows and "
+                            f"its base {vocab_size:,}; put the tokenizer that it was trained with there")  # fmt: skip
         merge_lora(model)
         model.unmerged = {}
         for module in saved_modules(model, WHOLE).values():
             module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
         model.tie_weights()
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise UserError(f"{base} + {adapter}: {name} holds NaN or infinity, expected numbers")
         model.save_pretrained(temporary)
-        tokenizer = next(
-            (folder / "tokenizer.model" for folder in (adapter, base) if (folder / "tokenizer.model").exists()), None
-        )
-        if tokenizer:
-            shutil.copyfile(tokenizer, temporary / "tokenizer.model")
+        checkpoint.copy_companions(base, temporary, with_vocabulary=not brings_tokenizer)
+        if brings_tokenizer:
+            shutil.copyfile(adapter / "tokenizer.model", temporary / "tokenizer.model")
+        kept = checkpoint.read_json(base / "config.json")  # with what transformers keeps there and this code does not need
+        own = {"vocab_size": model.config.vocab_size, "tie_word_embeddings": model.config.tie_word_embeddings}
+        checkpoint.write_json(temporary / "config.json", {**kept, **own})
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ class LlamaConfig:
             )
         for field in ("rope_theta", "rms_norm_eps", "initializer_range"):
             value = getattr(self, field)
-            if type(value) not in (int, float) or not value > 0:
+            if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise UserError(f"{field} is {value!r}, expected a positive number")
         for field in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if type(getattr(self, field)) is not bool:

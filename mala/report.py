@@ -33,6 +33,8 @@ def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> di
         tokens += len(ids)
         byte_tokens += sum(i in tokenizer.byte_ids for i in ids)
         unknown += ids.count(unk)
+    if not units or not tokens:
+        raise UserError(f"{language}: the text holds no words for {tokenizer.name}; leave this language out")
     return {"fertility": tokens / units, "bytes_per_token": size / tokens, "byte_share": byte_tokens / tokens,
             "unk_share": unknown / tokens}  # fmt: skip
 
@@ -170,7 +172,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     try:
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
-    except ValueError as error:  # a format that matplotlib does not know
+    except (ValueError, RuntimeError) as error:  # a format that matplotlib does not know, or takes another program for
         raise UserError(f"{path}: {error}") from None
     finally:
         plt.close(figure)

@@ -61,7 +61,10 @@ class Tokenizer:
 
     @cached_property
     def pieces(self) -> list[str]:
-        return [self.processor.id_to_piece(i) for i in range(len(self))]
+        try:
+            return [self.processor.id_to_piece(i) for i in range(len(self))]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.name}: damaged, a piece is not UTF-8 ({error}); download it again") from None
 
     def scores(self) -> dict[str, float]:
         """Piece -> score of all that text is made of: no control, unknown or byte pieces. In a BPE the higher merges first."""

@@ -17,6 +17,7 @@ put end to end are one message: repeated fields are joined, single ones take the
 from __future__ import annotations
 
 import io
+import re
 import struct
 import sys
 from collections import Counter
@@ -35,7 +36,7 @@ from mala.extend import INITS, extend_checkpoint
 from mala.report import compare, draw, print_report
 from mala.tokenizer import WORD_START, Tokenizer
 
-MAX_WORDS = 10_000_000  # distinct words that are counted at a time: about 2 GB
+MAX_WORDS = 10_000_000  # distinct words that are counted at a time: about 2 GB; to learn from so many takes several times that
 MAX_LINE = 4192  # bytes; SentencePiece drops longer lines, unless it is told otherwise
 
 
@@ -99,6 +100,10 @@ def train_pieces(words: Counter[str], size: int, published: bool = False, standa
         "split_digits": True, "character_coverage": 0.99995 if standalone else 1.0, "byte_fallback": standalone,
         "max_sentence_length": 2**30,
     }  # fmt: skip
+    if not words:
+        raise UserError(f"cannot learn {size} pieces from this corpus: it holds no words")
+    if size < 4:
+        raise UserError(f"cannot learn {size} pieces: <unk>, <s> and </s> are 3 of them; ask for more")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -111,7 +116,11 @@ def train_pieces(words: Counter[str], size: int, published: bool = False, standa
             **settings,
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).rpartition("] ")[2].strip() or str(error)
+        reason = f"SentencePiece says: {str(error).strip()}"
+        if most := re.search(r"<= (\d+)", str(error)):
+            reason = f"it yields {most[1]}; ask for as many"
+        elif least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            reason = f"its characters alone are {least[1]}; ask for more"
         raise UserError(f"cannot learn {size} pieces from this corpus: {reason}") from None
     return model.getvalue()
 
@@ -160,6 +169,8 @@ def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
     where the text yields fewer pieces.
     """
     check_bpe(base)
+    if len(base.byte_ids) < 256:
+        raise UserError(f"{base.name}: has no byte pieces, expected 256, in which LLaMA's tokenizer spells unknown characters")
     counts = {WORD_START + word: count for word, count in words.items()}
     known = base.scores()
     symbols = {word: _symbols(base, word, ids) for word, ids in zip(counts, base.segment(list(counts)))}
@@ -191,8 +202,10 @@ def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
 
 
 def check_corpus(args) -> None:
-    if args.size < 1 or args.seed < 0 or args.alpha < 0 or (args.documents is not None and args.documents < 1):
-        raise UserError("--size and --documents are positive numbers, --seed and --alpha are 0 or more")
+    for name, least, most in (("size", 1, 2**30), ("documents", 1, 2**40), ("seed", 0, 2**32 - 1), ("alpha", 0, 10)):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name} is {value}, expected a number from {least:,} to {most:,}")
 
 
 def read_words(args) -> Counter[str]:
@@ -217,7 +230,7 @@ def main() -> None:
         command.add_argument("--alpha", type=float, default=0.3, help=prefix + "languages are sampled by n^alpha [0.3]")
         command.add_argument("--documents", type=int, help=prefix + "how many documents to draw [as many as the corpus has]")
         command.add_argument("--held-out", type=float, default=0.2,
-                             help=prefix + "last share of each language that is not read [0.2]")  # fmt: skip
+                             help=prefix + "last share of each language, at most 1,000 documents, not read [0.2]")  # fmt: skip
         command.add_argument("--seed", type=int, default=0, help=prefix + "decides which documents are drawn [0]")
 
     command = add_command("train", "learn a SentencePiece BPE model from a corpus")
@@ -235,7 +248,7 @@ def main() -> None:
     command.set_defaults(published=False)
     command.add_argument("--out", type=Path, required=True, help="the model file to write")
 
-    command = add_command("report", "compare two tokenizers on a corpus, language by language")
+    command = add_command("report", "compare a tokenizer and its extension on a corpus, language by language")
     command.add_argument("--base", required=True, help="a tokenizer.model, or its folder")
     command.add_argument("--new", required=True, help="the same, extended")
     command.add_argument("--data", required=True, help="a corpus folder")
@@ -248,7 +261,9 @@ def main() -> None:
     command = add_command("extend", "resize a checkpoint to a merged vocabulary")
     command.add_argument("--model", required=True, help="the checkpoint folder")
     command.add_argument("--tokenizer", required=True, help="the merged model file")
-    command.add_argument("--init", choices=INITS, default="subtokens", help="how new rows start [subtokens]")
+    command.add_argument(
+        "--init", choices=INITS, default="subtokens", help="how new rows start, see docs/vocabulary.md [subtokens]"
+    )
     command.add_argument("--seed", type=int, default=0, help="of the random initialisations [0]")
     command.add_argument("--data", help="calibrated: a corpus folder; its train split is read")
     command.add_argument("--held-out", type=float, default=0.2,
@@ -273,14 +288,14 @@ def run_train(args) -> None:
 def run_merge(args) -> None:
     base = Tokenizer.from_pretrained(args.base)
     if args.method == "union":
-        if not args.new or args.data or args.size:
+        if not args.new or args.data or args.size is not None:
             raise UserError("--method union takes --new, and neither --data nor --size")
         merged = merge(base, Tokenizer.from_pretrained(args.new))
         with atomic_file(args.out, "wb") as file:
             file.write(merged)
     else:
-        if not args.data or not args.size or args.new:
-            raise UserError("--method continue takes --data and a positive --size, and no --new")
+        if not args.data or args.size is None or args.new:
+            raise UserError("--method continue takes --data and --size, and no --new")
         check_bpe(base)
         check_corpus(args)
         with atomic_file(args.out, "wb") as file:
@@ -302,8 +317,8 @@ def run_report(args) -> None:
 def run_extend(args) -> None:
     if (args.init == "calibrated") != bool(args.data):
         raise UserError("--init calibrated, and only that, takes --data")
-    if args.seed < 0:
-        raise UserError("--seed is 0 or more")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed is {args.seed}, expected a number from 0 to {2**32 - 1:,}")
     merged = Tokenizer.from_pretrained(args.tokenizer)
     drawn = None
     if args.data:

@@ -95,6 +95,8 @@ BAD = {
     "bytes in gzip": ({"swh_Latn.txt.gz": b"\xff\n"}, r"swh_Latn\.txt\.gz: line 1 is not UTF-8"),
     "no text": ({"swh_Latn.jsonl": '{"text": "a"}\n{"txt": "b"}\n'}, r"swh_Latn\.jsonl: line 2 is not a JSON object"),
     "text is a number": ({"swh_Latn.jsonl": '{"text": 1}\n'}, r"line 1 is not a JSON object with a string"),
+    "a number of thousands of digits": ({"swh_Latn.jsonl": '{"text": ' + "1" * 6000 + "}\n"}, r"line 1 is not a JSON object"),
+    "nested too deeply": ({"swh_Latn.jsonl": "[" * 100_000 + "\n"}, r"line 1 is not a JSON object"),
     "twice": ({"swh_Latn.txt": "a\n", "swh_Latn.jsonl": '{"text": "a"}\n'}, r"swh_Latn has two entries"),
 }  # fmt: skip
 

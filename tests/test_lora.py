@@ -442,6 +442,11 @@ BAD = {
     "infinite": (dict(tensors=lambda t: t["base_model.model.lm_head.weight"][5].fill_(float("inf"))), r"lm_head\.weight holds"),
     "integers": (dict(tensors=lambda t: t.update({A0: torch.ones(8, 32).int()})), r"torch\.int32 \(8, 32\), expected floating"),
     "scalar": (dict(tensors=lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(())})), r"\(\), expected"),
+    "no targets": (dict(config={"target_modules": None}), r"there is no 'target_modules'"),
+    "no rank": (dict(config={"r": None}), r"there is no 'r'"),
+    "huge rank": (dict(config={"r": 10**30}), r"the LoRA rank r is 1000.*, expected a whole number from 1 to 65,536"),
+    "huge alpha": (dict(config={"lora_alpha": 10**400}), r"lora_alpha is 1000"),
+    "flags within": (dict(config={"rank_pattern": {"(?i)Q_PROJ": 4}}), r"is no regular expression"),
     "no expression": (dict(config={"target_modules": "q_proj("}), r"adapter_config\.json: 'q_proj\(' is no regular expression"),
     "no match": (dict(config={"target_modules": "query_.*"}), r"target_modules, 'query_\.\*', matches no layer"),
     "head by match": (dict(config={"target_modules": ".*", "modules_to_save": []}), r"matches model\.embed_tokens, expected"),
@@ -470,6 +475,64 @@ def test_a_wrong_adapter_is_one_sentence_and_leaves_the_model_as_it_was(case, ba
     assert "\n" not in str(caught.value)
     assert torch.equal(model(tokens), expected) and [name for name, _ in model.named_parameters()] == names
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_was_loaded_is_what_is_saved(base, tokens, tmp_path):
+    """The embeddings, too, that an adapter brought and does not train."""
+    reference = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    reference.resize_token_embeddings(130)
+    reference = peft.get_peft_model(reference, peft.LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj"]))
+    train(reference, tokens + 30)
+    reference.eval().save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    model, again = Llama.from_pretrained(base), Llama.from_pretrained(base)
+    load_adapter(model, tmp_path / "theirs")
+    save_adapter(model, tmp_path / "ours")
+    load_adapter(again, tmp_path / "ours")
+    assert torch.equal(again.eval()(tokens + 30), model.eval()(tokens + 30))
+
+
+def test_merging_twice_and_saving_what_is_merged_are_refused(base, tokens, tmp_path):
+    model = Llama.from_pretrained(base)
+    add_lora(model, MALA)
+    with pytest.raises(UserError, match="no merged adapter"):
+        unmerge_lora(model)
+    merge_lora(model)
+    with pytest.raises(UserError, match="merged already"):
+        merge_lora(model)
+    with pytest.raises(UserError, match="unmerge it first"):
+        save_adapter(model, tmp_path / "adapter")
+    unmerge_lora(model)
+    save_adapter(model, tmp_path / "adapter")
+
+
+def test_merge_brings_the_bases_files_and_wants_a_tokenizer_for_more_words(base, tmp_path):
+    (base / "generation_config.json").write_text("{}")
+    (base / "tokenizer.json").write_text("old words")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
+    for rows in (100, 130):
+        model = Llama.from_pretrained(base)
+        if rows > 100:
+            model.replace_vocabulary(torch.randn(rows, 32), torch.randn(rows, 32))
+        add_lora(model, MALA)
+        save_adapter(model, tmp_path / f"adapter{rows}")
+    merge_checkpoint(base, tmp_path / "adapter100", tmp_path / "out")
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"}
+    assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == 0
+    with pytest.raises(UserError, match=r"there is no tokenizer\.model, but the adapter has 130 rows and its base 100"):
+        merge_checkpoint(base, tmp_path / "adapter130", tmp_path / "long")
+    (tmp_path / "adapter130/tokenizer.model").write_bytes(b"new words")
+    merge_checkpoint(base, tmp_path / "adapter130", tmp_path / "long")
+    files = {file.name for file in (tmp_path / "long").iterdir()}
+    assert files == {"config.json", "model.safetensors", "generation_config.json", "tokenizer.model"}
+    with torch.no_grad():
+        model = Llama.from_pretrained(base)
+        model.model["layers"][0].mlp.up_proj.weight[0, 0] = float("inf")
+        model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight holds NaN or infinity"):
+        merge_checkpoint(tmp_path / "broken", tmp_path / "adapter100", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_pickle_that_is_more_than_tensors_is_not_loaded(base, tmp_path):

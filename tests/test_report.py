@@ -101,6 +101,11 @@ def test_the_report(tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_a_language_without_words_is_named():
+    with pytest.raises(UserError, match="amh_Ethi: the text holds no words"):
+        measure(BASE, "amh_Ethi", ["፡ ፡"])
+
+
 def test_another_tokenizer_is_refused():
     with pytest.raises(UserError, match="does not begin with the pieces of"):
         compare(MERGED, BASE, DEMO)

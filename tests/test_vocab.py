@@ -35,11 +35,12 @@ def new():
 
 
 def merge_by_protobuf(base: bytes, new: bytes) -> pb2.ModelProto:
-    """MaLA-500's procedure: parse both, append every piece that is not there yet."""
+    """MaLA-500's procedure: parse both, append every piece that is not there yet, but for those that LLaMA has its own of."""
+    kinds = pb2.ModelProto.SentencePiece
     merged, added = pb2.ModelProto.FromString(base), pb2.ModelProto.FromString(new)
     known = {piece.piece for piece in merged.pieces}
     for piece in added.pieces:
-        if piece.piece not in known and piece.type == pb2.ModelProto.SentencePiece.NORMAL:
+        if piece.piece not in known and piece.type not in (kinds.UNKNOWN, kinds.CONTROL, kinds.BYTE):
             merged.pieces.add(piece=piece.piece, score=piece.score)
     return merged
 
@@ -56,6 +57,11 @@ def test_merge_equals_the_protobuf_procedure(base, new):
     assert len(Tokenizer(merged)) > len(base) + 2000
     assert Tokenizer(merged).pieces[: len(base)] == base.pieces
     assert merge(Tokenizer(merged), new) == merged  # merging twice adds nothing
+    odd = pb2.ModelProto.FromString(new.model)
+    for number, kind in enumerate(("UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE")):
+        if kind not in ("UNKNOWN", "BYTE"):  # one <unk> is there, and bytes come as 256
+            odd.pieces.add(piece=f"<{kind}>", score=-number, type=getattr(pb2.ModelProto.SentencePiece, kind))
+    same(merge(base, Tokenizer(odd.SerializeToString())), merge_by_protobuf(base.model, odd.SerializeToString()))
 
 
 @needs_shared
@@ -207,10 +213,17 @@ def test_sampling_reads_a_document_once_and_only_when_its_turn_comes(tmp_path, m
 
 
 def test_errors(base, new):
-    with pytest.raises(UserError, match=r"cannot learn 100000 pieces from this corpus: .*<= \d+"):
+    with pytest.raises(UserError, match=r"cannot learn 100000 pieces from this corpus: it yields \d+; ask for as many"):
         train_pieces(WORDS, 100_000)
-    with pytest.raises(UserError, match="cannot learn 10 pieces"):
+    with pytest.raises(UserError, match=r"cannot learn 10 pieces from this corpus: its characters alone are \d+; ask for more"):
         train_pieces(WORDS, 10)
+    with pytest.raises(UserError, match="cannot learn 3 pieces: <unk>, <s> and </s> are 3 of them"):
+        train_pieces(WORDS, 3)
+    with pytest.raises(UserError, match="it holds no words"):
+        train_pieces(count_words([(" ▅ \t", 1)]), 100)
+    no_bytes = Tokenizer(train_pieces(WORDS, 2500), "no_bytes.model")
+    with pytest.raises(UserError, match="no_bytes.model: has no byte pieces, expected 256"):
+        continue_merges(no_bytes, WORDS, 10)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(DEMO["eng_Latn"] * 20), model_writer=model,
                                              vocab_size=120, model_type="unigram", minloglevel=2)  # fmt: skip
@@ -287,11 +300,14 @@ def test_wrong_command_lines_leave_nothing(base, new, tmp_path, monkeypatch):
         "--method continue takes --data": ["merge", "--method", "continue", "--base", TINY, "--new", tmp / "new.model"],
         r"cut\.model: truncated or no SentencePiece model": ["merge", "--base", tmp / "cut.model", "--new", tmp / "new.model"],
         "arguments are required: --size": ["train", "--data", data],
-        "--size and --documents are positive": ["train", "--data", data, "--size", 0],
-        "positive numbers": ["train", "--data", data, "--size", 100, "--documents", 0],
+        "--size is 0, expected a number from 1": ["train", "--data", data, "--size", 0],
+        "--documents is 0, expected a number from 1": ["train", "--data", data, "--size", 100, "--documents", 0],
+        "--alpha is nan, expected": ["train", "--data", data, "--size", 100, "--alpha", "nan"],
+        "--seed is -1, expected": ["train", "--data", data, "--size", 100, "--seed", -1],
+        "--seed is 4294967296, expected": ["extend", "--model", TINY, "--tokenizer", tmp / "merged.model", "--seed", 2**32],
         "corpus is empty": ["train", "--data", tmp / "empty", "--size", 100],
         "it yields": ["merge", "--method", "continue", "--base", TINY, "--data", data, "--size", 1_000_000],
-        r"cannot learn 1000000 pieces.*<= \d+": ["train", "--data", data, "--size", 1_000_000],
+        r"cannot learn 1000000 pieces.* it yields \d+": ["train", "--data", data, "--size", 1_000_000],
         "does not begin with the pieces of": ["extend", "--model", TINY, "--tokenizer", tmp / "new.model"],
         "adds no piece to": ["extend", "--model", TINY, "--tokenizer", TINY],
         "--init calibrated, and only that, takes --data": ["extend", "--model", TINY, "--tokenizer", tmp / "merged.model",
