@@ -52,7 +52,8 @@ class Settings:
     r: int = option(8, "LoRA rank")
     lora_alpha: float = option(32.0, "LoRA scale, divided by the rank")
     lora_dropout: float = option(0.1, "dropout before LoRA's A")
-    target_modules: tuple[str, ...] = option(("q_proj", "v_proj"), "the linear layers that get LoRA")
+    use_rslora: bool = option(False, "divide the scale by the rank's square root instead")
+    target_modules: tuple[str, ...] = option(("q_proj", "v_proj"), "the linear layers that get LoRA, or all-linear")
     modules_to_save: tuple[str, ...] = option(("embed_tokens", "lm_head"), "the modules that train whole")
 
     epochs: float = option(12.0, "passes over the corpus's tokens")
@@ -107,7 +108,8 @@ def main() -> None:
     base, base_tokenizer = Path(settings.model), Tokenizer.from_pretrained(settings.model)
     model = Llama.from_pretrained(base, dtype, device)
     base_tokenizer.check_fits(model.config.vocab_size)
-    lora = LoRAConfig(settings.r, settings.lora_alpha, settings.lora_dropout, settings.target_modules, settings.modules_to_save)
+    lora = LoRAConfig(settings.r, settings.lora_alpha, settings.lora_dropout, settings.target_modules, settings.modules_to_save,
+                      settings.use_rslora)  # fmt: skip
     find_targets(model, lora)
     corpus = Corpus(settings.data, settings.langs, settings.held_out, settings.max_held_out)
     train_documents, test_documents = corpus.load("train"), corpus.load("test")

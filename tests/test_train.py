@@ -281,7 +281,7 @@ def test_a_setting_that_makes_no_sense_is_refused_and_an_earlier_run_stays(tmp_p
         (["--data", tmp_path / "out/base"], "out/base: lies in --out"),
         ([], "out: the folder holds something that is no result of train.py"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
-        (["--r", "0"], "r is 0, expected a positive whole number"),
+        (["--r", "0"], "r is 0, expected a whole number from 1 to 65,536"),
     ]:
         assert message in refuse("train.py", ["--out", tmp_path / "out", *args], monkeypatch)
         assert (tmp_path / "out/adapter").exists()
