@@ -94,23 +94,10 @@ def _fragments(symbols: list[str]) -> Iterator[tuple[str, ...]]:
             start = end
 
 
-def merge_symbols(symbols: list[str], scores: dict[str, float]) -> list[str]:
-    """BPE as SentencePiece encodes: again and again merge the neighbours whose union has the highest score, leftmost first."""
-    symbols = list(symbols)
-    while True:
-        best, at = None, -1
-        for i in range(len(symbols) - 1):
-            score = scores.get(symbols[i] + symbols[i + 1])
-            if score is not None and (best is None or score > best):
-                best, at = score, i
-        if best is None:
-            return symbols
-        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
-
-
 def merge_piece(symbols: list[str], piece: str, scores: dict[str, float]) -> list[str]:
-    """`merge_symbols` where nothing could be merged until `piece`, with the lowest score of all, came: only at its places
-    is there something to do, and what it brings about there has a higher score, so it comes first."""
+    """BPE as SentencePiece encodes, again and again the neighbours whose union has the highest score, leftmost first; but where
+    nothing could be merged until `piece`, with the lowest score of all, came. Only at its places is there something to do,
+    and what it brings about there has a higher score, so it comes first."""
     symbols, i = list(symbols), 0
     while i < len(symbols) - 1:
         if len(symbols[i]) + len(symbols[i + 1]) != len(piece) or symbols[i] + symbols[i + 1] != piece:

@@ -15,9 +15,11 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,45 +64,56 @@ class Corpus:
             if not all(splits):
                 odd = files[splits.index(None)]
                 raise UserError(f"{odd}: of no split, but files beside it are; expected all or none named train, dev or test")
-            return Documents([file for file in files if _split_of(file) == split])
-        documents = Documents(files)
-        total, kept = len(documents), 0
-        if self.held_out < 1:
-            kept = total - min(int(total * self.held_out), self.max_held_out)
-        start, stop = {"train": (0, kept), "dev": (0, 0), "test": (kept, total)}[split]
-        return Documents(files, start, stop)
+            return Documents([file for file in files if _split_of(file) == split], lambda total: (0, total))
+
+        def part(total: int) -> tuple[int, int]:
+            kept = 0
+            if self.held_out < 1:
+                kept = total - min(int(total * self.held_out), self.max_held_out)
+            return {"train": (0, kept), "dev": (0, 0), "test": (kept, total)}[split]
+
+        return Documents(files, part)
 
     def stream(self, split: str) -> dict[str, Documents]:
         """language -> documents, for every language that has some. Raises UserError where none has."""
-        bar = tqdm(self.languages, desc=f"counting {split}", unit="language", leave=False, disable=None)
-        found = {language: documents for language in bar if len(documents := self.documents(language, split))}
+        return self._all("counting", split, lambda documents: documents)
+
+    def load(self, split: str) -> dict[str, list[str]]:
+        """`stream`, but read into memory, and only once."""
+        return self._all("reading", split, Documents.load)
+
+    def _all(self, doing: str, split: str, take: Callable[[Documents], Any]) -> dict[str, Any]:
+        bar = tqdm(self.languages, desc=f"{doing} {split}", unit="language", leave=False, disable=None)
+        found = {language: taken for language in bar if len(taken := take(self.documents(language, split)))}
         if not found:
             raise UserError(f"{self.root}: the corpus is empty: no language has a document in its {split} split "
                             f"(held-out share {self.held_out})")  # fmt: skip
         return found
 
-    def load(self, split: str) -> dict[str, list[str]]:
-        """`stream`, read into memory."""
-        bar = tqdm(self.stream(split).items(), desc=f"reading {split}", unit="language", leave=False, disable=None)
-        return {language: list(documents) for language, documents in bar}
-
 
 class Documents:
-    """Documents number `start` up to `stop` of some files, blank ones not counted. They are read anew each time they are
-    gone through, so that they may be larger than memory."""
+    """A part of the documents in some files, blank ones not counted. They are read anew each time they are gone through, so
+    that they may be larger than memory. part: how many there are -> the first of the part, and the one after its last."""
 
-    def __init__(self, files: list[Path], start: int = 0, stop: int | None = None):
-        self.files, self.start = files, start
-        self.stop = sum(1 for _ in self._read()) if stop is None else stop
+    def __init__(self, files: list[Path], part: Callable[[int], tuple[int, int]]):
+        self.files, self.part = files, part
 
     def _read(self) -> Iterator[str]:
         return chain.from_iterable(read_documents(file) for file in self.files)
 
+    @cached_property
+    def bounds(self) -> tuple[int, int]:
+        return self.part(sum(1 for _ in self._read()))
+
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.bounds[1] - self.bounds[0]
 
     def __iter__(self) -> Iterator[str]:
-        return islice(self._read(), self.start, self.stop)
+        return islice(self._read(), *self.bounds)
+
+    def load(self) -> list[str]:
+        documents = list(self._read())
+        return documents[slice(*self.part(len(documents)))]
 
 
 def _find_files(root: Path) -> dict[str, list[Path]]:

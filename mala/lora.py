@@ -127,8 +127,7 @@ def find_targets(model: Llama, config: LoRAConfig) -> list[str]:
 
     Raises UserError for a name that no such layer has, and where the model cannot train as configured.
     """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise UserError("the model has an adapter already; merge it first")
+    check_bare(model)
     if model.config.tie_word_embeddings and len(config.modules_to_save) == 1:
         raise UserError(
             f"modules_to_save names {config.modules_to_save[0]} alone, but the model's embed_tokens and lm_head are one "
@@ -151,6 +150,11 @@ def find_targets(model: Llama, config: LoRAConfig) -> list[str]:
         if not any(f".{name}".endswith(f".{end}") for name in linear):
             raise UserError(f"target_modules names {end!r}, expected some of {known}")
     return [name for name in linear if any(f".{name}".endswith(f".{end}") for end in wanted)]
+
+
+def check_bare(model: Llama) -> None:
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise UserError("the model has an adapter already; merge it first")
 
 
 def saved_modules(model: Llama, names: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -272,7 +276,7 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
         plan = Llama(dataclasses.replace(model.config, vocab_size=rows, tie_word_embeddings=tied))
         try:
             add_lora(plan, config)
-            find_targets(model, dataclasses.replace(config, modules_to_save=WHOLE))  # the model has no adapter yet
+            check_bare(model)
         except UserError as error:
             raise UserError(f"{directory}: {error}") from None
     expected = adapter_tensors(plan, (*config.modules_to_save, *whole))

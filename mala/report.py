@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mala.checkpoint import atomic_path
 from mala.cli import UserError, print_table
-from mala.tokenizer import Tokenizer
+from mala.tokenizer import WORD_START, Tokenizer
 
 # Scripts whose words no space divides (ISO 15924): their unit of fertility is the character (code point).
 UNSPACED = set("Bali Hani Hans Hant Hira Java Jpan Kana Khmr Lana Laoo Mymr Thai Tibt Yiii".split())
@@ -50,7 +50,7 @@ def unreachable(tokenizer: Tokenizer) -> list[str]:
     pieces = list(tokenizer.scores())
     used = set("".join(pieces))
     stranger = next(character for character in map(chr, range(0xE000, 0xF900)) if character not in used)  # private use
-    encoded = tokenizer.encode_batch([f"{stranger}{piece.replace('▁', ' ')}{stranger}" for piece in pieces])
+    encoded = tokenizer.encode_batch([f"{stranger}{piece.replace(WORD_START, ' ')}{stranger}" for piece in pieces])
     return [piece for piece, ids in zip(pieces, encoded) if tokenizer.processor.piece_to_id(piece) not in ids]
 
 
@@ -80,11 +80,17 @@ def macro(languages: dict[str, dict], side: str) -> dict[str, float]:
         return sum(languages[language][side][key] for language in chosen) / len(chosen)
 
     figures = {key: average(key, list(languages)) for key in ("bytes_per_token", "byte_share", "unk_share")}
-    for key, is_unspaced in (("fertility", False), ("fertility_characters", True)):
-        chosen = [language for language in languages if (language[4:] in UNSPACED) == is_unspaced]
-        if chosen:
-            figures[key] = average("fertility", chosen)
+    for unit, chosen in by_unit(languages).items():
+        figures["fertility" if unit == "word" else "fertility_characters"] = average("fertility", chosen)
     return figures
+
+
+def by_unit(languages: Iterable[str]) -> dict[str, list[str]]:
+    """The unit of fertility, "word" or "character" -> the languages that have it, where there are any."""
+    units: dict[str, list[str]] = {"word": [], "character": []}
+    for language in languages:
+        units["character" if language[4:] in UNSPACED else "word"].append(language)
+    return {unit: chosen for unit, chosen in units.items() if chosen}
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -111,7 +117,7 @@ def print_report(report: dict[str, Any]) -> None:
                  "<unk>", "extended"), rows)  # fmt: skip
     if len(shown) < len(languages):
         print(f"(the {MAX_ROWS // 2} languages with the largest and the smallest gain of {len(languages)}; all with --json)")
-    unspaced = [language for language in languages if language[4:] in UNSPACED]
+    unspaced = by_unit(languages).get("character")
     print("fertility: tokens per word" + (f"; tokens per character (*) in {', '.join(unspaced)}" if unspaced else ""))
     pieces = report["pieces"]
     print(f"{pieces['base']:,} pieces -> {pieces['new']:,}; no text encodes to {pieces['unreachable_added']:,} of the "
@@ -132,11 +138,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     by_size = Counter(language[4:] for language in sides).most_common()
     palette = [color for i, color in enumerate(plt.get_cmap("tab10").colors) if i != 7]  # without its grey, for the others
     colors = dict(zip([script for script, _ in by_size], palette))
-    panels = [
-        (unit, chosen)
-        for unit, is_unspaced in (("word", False), ("character", True))
-        if (chosen := [language for language in sides if (language[4:] in UNSPACED) == is_unspaced])
-    ]
+    panels = list(by_unit(sides).items())
     # About 0.13 inch a language while there are few, so that their names can be read.
     widths = [max(1.6, min(len(chosen) * 0.13, 10)) for _, chosen in panels]
     figure, axes = plt.subplots(1, len(panels), figsize=(sum(widths) + 1.5, 4.5), width_ratios=widths, squeeze=False)

@@ -201,9 +201,9 @@ def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
     return symbols
 
 
-def check_corpus(args) -> None:
+def check_numbers(args) -> None:
     for name, least, most in (("size", 1, 2**30), ("documents", 1, 2**40), ("seed", 0, 2**32 - 1), ("alpha", 0, 10)):
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name} is {value}, expected a number from {least:,} to {most:,}")
 
@@ -278,7 +278,7 @@ def main() -> None:
 
 
 def run_train(args) -> None:
-    check_corpus(args)
+    check_numbers(args)
     with atomic_file(args.out, "wb") as file:  # opened first: a wrong path is found before hours of learning
         model = train_pieces(read_words(args), args.size, args.published)
         file.write(model)
@@ -297,7 +297,7 @@ def run_merge(args) -> None:
         if not args.data or args.size is None or args.new:
             raise UserError("--method continue takes --data and --size, and no --new")
         check_bpe(base)
-        check_corpus(args)
+        check_numbers(args)
         with atomic_file(args.out, "wb") as file:
             merged = continue_merges(base, read_words(args), args.size)
             file.write(merged)
@@ -317,8 +317,7 @@ def run_report(args) -> None:
 def run_extend(args) -> None:
     if (args.init == "calibrated") != bool(args.data):
         raise UserError("--init calibrated, and only that, takes --data")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed is {args.seed}, expected a number from 0 to {2**32 - 1:,}")
+    check_numbers(args)
     merged = Tokenizer.from_pretrained(args.tokenizer)
     drawn = None
     if args.data:

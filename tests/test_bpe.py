@@ -7,7 +7,7 @@ from conftest import ROOT, SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mala.bpe import joinable, learn_pieces, merge_piece, merge_symbols
+from mala.bpe import joinable, learn_pieces, merge_piece
 from mala.cli import UserError
 from mala.data import Corpus
 from mala.report import unreachable
@@ -17,6 +17,20 @@ from mala.vocab import append_pieces, continue_merges, count_words, merge, sampl
 BASE = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
 KNOWN = BASE.scores()
 DEMO = Corpus(ROOT / "assets/demo/sib200").load("train")
+
+
+def merge_symbols(symbols: list[str], scores: dict[str, float]) -> list[str]:
+    """BPE as SentencePiece encodes: again and again merge the neighbours whose union has the highest score, leftmost first."""
+    symbols = list(symbols)
+    while True:
+        best, at = None, -1
+        for i in range(len(symbols) - 1):
+            score = scores.get(symbols[i] + symbols[i + 1])
+            if score is not None and (best is None or score > best):
+                best, at = score, i
+        if best is None:
+            return symbols
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
 
 
 def learn_slowly(words, symbols, known, size):
