@@ -41,8 +41,8 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
                          implementation: str | None = None) -> torch.Tensor:  # fmt: skip
     """Mean negative log-likelihood, in nats per target, of `targets` under softmax(hidden @ weight.T).
 
-    hidden: (N, D), floating point; its dtype is that of the matrix products and of the logits. weight: (V, D), the weight of
-    `lm_head`, cast to it. targets: (N,) int64 in [0, V), or `ignore_index`, which is left out of the mean. Returns a float32
+    hidden: (N, D) float32, bfloat16 or float16, the dtype of the matrix products and of the logits. weight: (V, D), the weight
+    of `lm_head`, cast to it. targets: (N,) int64 in [0, V), or `ignore_index`, which is left out of the mean. Returns a float32
     scalar, 0 if every target is left out. The softmax is float32 whatever the operands, and so is the sum over chunks that
     makes dWeight; gradients come in the operands' dtypes. `implementation`: by default `triton` on CUDA, else `chunked`.
     Raises ValueError for a target outside [0, V).
@@ -154,8 +154,8 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first
     """total += a @ b, or total = a @ b where `is_first`; `total` is float32 whatever the dtype of a and b."""
     beta = 0 if is_first else 1
     if a.dtype == torch.float32:
-        if a.shape[1] > 16 * WORDS and not a.is_cuda:
-            # A sum over words is by far the longest side. As four sums, side by side on a CPU's cores, it takes a tenth less.
+        if a.shape[1] > 16 * WORDS and not is_first and not a.is_cuda:
+            # dHidden is a sum over words, very many: as four sums, side by side on a CPU's cores, it takes a tenth less time.
             v = a.shape[1] // 4
             quarters = a[:, : 4 * v].unflatten(1, (4, v)).transpose(0, 1)  # (4, C, v)
             total += torch.bmm(quarters, b[: 4 * v].unflatten(0, (4, v))).sum(0)  # (4, C, v) (4, v, D) -> (C, D)
@@ -202,9 +202,7 @@ def row_losses_by_torch(logits: torch.Tensor, targets: torch.Tensor, ignore_inde
     """
     losses = []
     scratch = torch.empty(min(ROWS, len(logits)), logits.shape[1], device=logits.device)  # float32
-    for part, target in zip(
-        logits.split(ROWS), targets[:, None].split(ROWS)
-    ):  # (c, V), (c, 1): on a CPU they stay in the cache
+    for part, target in zip(logits.split(ROWS), targets[:, None].split(ROWS)):  # (c, V), (c, 1)
         kept = target != ignore_index
         index = target.where(kept, 0)
         p = scratch[: len(part)].copy_(part)

@@ -123,6 +123,15 @@ def test_only_the_gradients_that_are_wanted_are_formed(implementation, monkeypat
     assert torch.allclose(hidden.grad, exact(hidden, weight, targets)[1].float(), atol=1e-6)
 
 
+def test_more_rows_than_words(monkeypatch):
+    monkeypatch.setattr(
+        mala.cross_entropy, "CHUNK_BYTES", {"cpu": 4 * 3 * 70_000}
+    )  # two chunks, the sum over rows is the long one
+    hidden, weight, targets = problem(140_000, 2, 3)
+    found = results(hidden, weight, targets, linear_cross_entropy(hidden, weight, targets))
+    assert max(error(found, exact(hidden, weight, targets))) < 1e-5
+
+
 def test_master_weights_get_float32_gradients_under_bfloat16_products():
     hidden, weight, targets = problem(64, 16, 50, torch.bfloat16)
     master = weight.detach().float().requires_grad_()
