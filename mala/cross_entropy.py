@@ -44,10 +44,11 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
     hidden: (N, D) float32, bfloat16 or float16, the dtype of the matrix products and of the logits. weight: (V, D), the weight
     of `lm_head`, cast to it. targets: (N,) int64 in [0, V), or `ignore_index`, which is left out of the mean. Returns a float32
     scalar, 0 if every target is left out. The softmax is float32 whatever the operands, and so is the sum over chunks that
-    makes dWeight; gradients come in the operands' dtypes. `implementation`: by default `triton` on CUDA, else `chunked`.
-    Raises ValueError for a target outside [0, V).
+    makes dWeight, held from the forward to the backward pass; gradients come in the operands' dtypes. Autocast changes nothing.
+    `implementation`: by default `triton` on CUDA, else `chunked`. Raises ValueError for operands of other shapes or dtypes and
+    for a target outside [0, V); on CUDA that is looked for in the first training step only, later it makes the loss NaN.
     """
-    check_targets(targets, len(weight), ignore_index, is_training=torch.is_grad_enabled())
+    check(hidden, weight, targets, ignore_index, is_training=torch.is_grad_enabled())
     implementation = implementation or _best(hidden)
     if implementation == "reference":
         logits = (hidden @ weight.to(hidden.dtype).T).float()  # (N, V)
@@ -59,7 +60,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
 @torch.no_grad()
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of every target, in nats, without gradients: (N, D), (V, D), (N,) -> (N,) float32."""
-    check_targets(targets, len(weight), IGNORE_INDEX, is_training=False)
+    check(hidden, weight, targets, IGNORE_INDEX, is_training=False)
     chunks = _chunks(hidden, weight.to(hidden.dtype), targets)
     losses = [_forward_backward(_best(hidden), *chunk, IGNORE_INDEX, None, None) for _, *chunk in chunks]
     return torch.cat(losses) if losses else hidden.new_empty(0, dtype=torch.float32)
@@ -72,10 +73,17 @@ def _best(hidden: torch.Tensor) -> str:
 _checked_devices: set[torch.device] = set()
 
 
-def check_targets(targets: torch.Tensor, vocab_size: int, ignore_index: int, is_training: bool) -> None:
-    """Raise ValueError for a target that is no word. In training on a GPU only the first time: the answer is waited for."""
+def check(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int, is_training: bool) -> None:
+    """Raise ValueError for operands that do not fit, and for a target that is no word (on a GPU this answer is waited for)."""
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"hidden is {hidden.dtype}, expected float32, bfloat16 or float16")
+    if hidden.ndim != 2 or weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}, expected (N, D) and (V, D)")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype} {tuple(targets.shape)}, expected int64 ({len(hidden)},)")
     if is_training and targets.is_cuda and targets.device in _checked_devices:
         return
+    vocab_size = len(weight)
     wrong = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
     if wrong.any():
         at = int(wrong.nonzero()[0])
@@ -112,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += _forward_backward(implementation, *chunk, ignore_index, d_chunk, d_weight, is_first=rows.start == 0).sum()
         if wants_weight and not len(hidden):
             d_weight.zero_()
-        count = (targets != ignore_index).sum().clamp(min=1)
+        count = (targets != ignore_index).sum().clamp(min=1).float()
         ctx.gradients = [d_hidden, d_weight]
         ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), 1 / count
         return total / count
@@ -129,6 +137,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None
 
 
+@torch.autocast("cpu", enabled=False)  # it would cast some of the products and not others
+@torch.autocast("cuda", enabled=False)
 def _forward_backward(implementation: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                       memory: torch.Tensor, ignore_index: int, d_hidden: torch.Tensor | None,
                       d_weight: torch.Tensor | None, is_first: bool = True) -> torch.Tensor:  # fmt: skip
@@ -137,7 +147,8 @@ def _forward_backward(implementation: str, hidden: torch.Tensor, weight: torch.T
     C, V = len(hidden), len(weight)
     with_gradient = d_hidden is not None or d_weight is not None
     if implementation == "chunked" and hidden.device.type == "cpu" and hidden.dtype == torch.float32:
-        logits = memory.view(V, C).T  # with W as its left factor a CPU's product takes two thirds of the time
+        # The same memory, but as (V, C): with W as its left factor a CPU's product takes two thirds of the time.
+        logits = memory.view(V, C).T
         losses = _word_by_word(logits, hidden, weight, targets, ignore_index, with_gradient)
     else:
         logits = torch.mm(hidden, weight.T, out=memory.view(C, V))
@@ -152,7 +163,7 @@ def _forward_backward(implementation: str, hidden: torch.Tensor, weight: torch.T
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool = False) -> None:
     """total += a @ b, or total = a @ b where `is_first`; `total` is float32 whatever the dtype of a and b."""
-    beta = 0 if is_first else 1
+    beta = 0 if is_first else 1  # with 0 what `total` holds is not read, be it NaN
     if a.dtype == torch.float32:
         if a.shape[1] > 16 * WORDS and not is_first and not a.is_cuda:
             # dHidden is a sum over words, very many: as four sums, side by side on a CPU's cores, it takes a tenth less time.
@@ -174,12 +185,12 @@ def _word_by_word(logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tens
 
     `logits` (C, V) is the transpose of the memory, in which the logits of one word lie side by side.
     """
-    largest = torch.full(targets.shape, -torch.inf)  # (C,), as all below
+    largest = torch.full_like(targets, -torch.inf, dtype=torch.float32)  # (C,), as all below
     for words, x in zip(weight.split(WORDS), logits.T.split(WORDS)):  # (v, D), (v, C)
         torch.mm(words, hidden.T, out=x)
         largest = torch.maximum(largest, x.amax(0))
     kept = targets != ignore_index
-    at_target = torch.arange(len(targets)), targets.where(kept, 0)
+    at_target = torch.arange(len(targets), device=targets.device), targets.where(kept, 0)
     target_logit = logits[at_target]
 
     total = torch.zeros_like(largest)
@@ -201,7 +212,7 @@ def row_losses_by_torch(logits: torch.Tensor, targets: torch.Tensor, ignore_inde
     and that p is at least 1/V: it cannot underflow.
     """
     losses = []
-    scratch = torch.empty(min(ROWS, len(logits)), logits.shape[1], device=logits.device)  # float32
+    scratch = torch.empty(min(ROWS, len(logits)), logits.shape[1], dtype=torch.float32, device=logits.device)
     for part, target in zip(logits.split(ROWS), targets[:, None].split(ROWS)):  # (c, V), (c, 1)
         kept = target != ignore_index
         index = target.where(kept, 0)
@@ -212,16 +223,19 @@ def row_losses_by_torch(logits: torch.Tensor, targets: torch.Tensor, ignore_inde
         losses.append((largest - target_logit - p.amax(1, keepdim=True).log()).where(kept, 0)[:, 0])
         if with_gradient:
             p.scatter_add_(1, index, -torch.ones_like(largest))
-            part.copy_(p if kept.all() else p.mul_(kept))
+            part.copy_(p.masked_fill_(~kept, 0))
     return torch.cat(losses)
 
 
 def row_losses_by_triton(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, with_gradient: bool) -> torch.Tensor:
     """`row_losses_by_torch` in one kernel: a row is read twice and written once, and nothing else is held."""
     C, V = logits.shape
+    assert logits.stride(1) == 1
+    targets = targets.contiguous()
     losses = torch.empty(C, dtype=torch.float32, device=logits.device)
     block = min(triton.next_power_of_2(V), BLOCK)
-    _row_kernel[(C,)](logits, logits.stride(0), targets, losses, V, ignore_index, with_gradient, block, num_warps=8)
+    with torch.cuda.device_of(logits):  # Triton launches on the current device, which may be another
+        _row_kernel[(C,)](logits, logits.stride(0), targets, losses, V, ignore_index, with_gradient, block, num_warps=8)
     return losses
 
 
@@ -242,6 +256,10 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)  # 64 bits: row * stride passes 2^31 at 8,255 rows of 260,164 words
         logits += row * stride
         target = tl.load(targets + row)
+        is_kept = target != ignore_index
+        # Before anything is written: another warp may be ahead of this one. NaN for a target that is no word.
+        is_word = (target >= 0) & (target < V)
+        target_logit = tl.load(logits + target, mask=is_kept & is_word, other=float("nan")).to(tl.float32)
         lanes = tl.arange(0, BLOCK)
         largest = tl.full([BLOCK], -3e38, tl.float32)  # not -inf: -inf - -inf is no number
         total = tl.zeros([BLOCK], tl.float32)
@@ -253,8 +271,6 @@ if triton is not None:
             largest = larger
         row_largest = tl.max(largest)
         row_total = tl.sum(total * tl.exp(largest - row_largest))
-        is_kept = target != ignore_index
-        target_logit = tl.load(logits + target, mask=is_kept, other=0.0).to(tl.float32)
         tl.store(losses + row, tl.where(is_kept, tl.log(row_total) + (row_largest - target_logit), 0.0))
         if WITH_GRADIENT:
             for start in range(0, V, BLOCK):

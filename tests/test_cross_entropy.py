@@ -123,6 +123,40 @@ def test_only_the_gradients_that_are_wanted_are_formed(implementation, monkeypat
     assert torch.allclose(hidden.grad, exact(hidden, weight, targets)[1].float(), atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_views_of_larger_tensors(implementation):
+    hidden, weight, targets = problem(12, 6, 20)
+    expected = exact(hidden[::2, :5], weight[:, 1:], targets[::2])
+    views = [hidden.detach()[::2, :5].requires_grad_(), weight.detach()[:, 1:].requires_grad_(), targets[::2]]
+    found = results(*views, linear_cross_entropy(*views, implementation=implementation))
+    assert max(error(found, expected)) < 1e-5
+
+
+def test_autocast_and_other_defaults_change_nothing(monkeypatch):
+    monkeypatch.setattr(mala.cross_entropy, "WORDS", 2)  # so that all products are taken
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, targets = problem(12, 6, 100, dtype)
+        expected = results(hidden, weight, targets, linear_cross_entropy(hidden, weight, targets))
+        nll = token_nll(hidden, weight, targets)
+        torch.set_default_dtype(torch.float16)
+        try:
+            with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+                found = results(hidden, weight, targets, linear_cross_entropy(hidden, weight, targets))
+                assert torch.equal(token_nll(hidden, weight, targets), nll)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_operands_that_do_not_fit_are_refused():
+    hidden, weight, targets = problem(6, 5, 11)
+    for wrong in ((hidden, weight, targets[:5]), (hidden, weight, targets.int()), (hidden, weight[:, :4], targets),
+                  (hidden[None], weight, targets), (hidden.double(), weight, targets)):  # fmt: skip
+        for call in (linear_cross_entropy, token_nll):
+            with pytest.raises(ValueError, match="expected"):
+                call(*wrong)
+
+
 def test_more_rows_than_words(monkeypatch):
     monkeypatch.setattr(
         mala.cross_entropy, "CHUNK_BYTES", {"cpu": 4 * 3 * 70_000}
@@ -174,6 +208,11 @@ def test_chunks_are_bounded_by_the_budget(monkeypatch):
 
 
 if INTERPRETED:
+
+    def test_the_kernel_reads_nothing_for_a_target_that_is_no_word():
+        logits = torch.randn(3, 8)
+        found = mala.cross_entropy.row_losses_by_triton(logits, torch.tensor([8, -100, -1]), -100, with_gradient=True)
+        assert found[[0, 2]].isnan().all() and found[1] == 0 and not logits[1].any()
 
     def test_the_kernel_finds_rows_beyond_2_to_the_31():
         # 2^30 from row to row: the third begins at 2^31. Only the pages that are touched take memory.
