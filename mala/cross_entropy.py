@@ -61,7 +61,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of every target, in nats, without gradients: (N, D), (V, D), (N,) -> (N,) float32."""
     check(hidden, weight, targets, IGNORE_INDEX, is_training=False)
-    chunks = _chunks(hidden, weight.to(hidden.dtype), targets)
+    chunks = _chunks(_best(hidden), hidden, weight.to(hidden.dtype), targets)
     losses = [_forward_backward(_best(hidden), *chunk, IGNORE_INDEX, None, None) for _, *chunk in chunks]
     return torch.cat(losses) if losses else hidden.new_empty(0, dtype=torch.float32)
 
@@ -94,16 +94,17 @@ def check(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ign
         _checked_devices.add(targets.device)
 
 
-def _chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple]:
+def _chunks(implementation: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple]:
     """Yield, chunk by chunk: which rows, their hidden states (C, D), the weight, their targets (C,), memory for the logits."""
     N, V = len(hidden), len(weight)
+    width = -(-V // _block(V)) * _block(V) if implementation == "triton" else V  # of a row in memory, see the kernel
     rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (hidden.element_size() * V))
     even = -(-N // max(1, -(-N // rows)))  # as many chunks, but evenly filled (both divisions round up) ...
     rows = max(1, min(rows, -(-even // 16) * 16))  # ... with a multiple of 16 rows, which matrix products like
-    memory = hidden.new_empty(rows * V)
+    memory = hidden.new_empty(rows * width)
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
-        yield chunk, hidden[chunk], weight, targets[chunk], memory[: (chunk.stop - start) * V]
+        yield chunk, hidden[chunk], weight, targets[chunk], memory[: (chunk.stop - start) * width]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -115,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         d_weight = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
-        for rows, *chunk in _chunks(hidden, weight.to(hidden.dtype), targets):
+        for rows, *chunk in _chunks(implementation, hidden, weight.to(hidden.dtype), targets):
             d_chunk = d_hidden[rows] if wants_hidden else None
             total += _forward_backward(implementation, *chunk, ignore_index, d_chunk, d_weight, is_first=rows.start == 0).sum()
         if wants_weight and not len(hidden):
@@ -143,7 +144,7 @@ def _forward_backward(implementation: str, hidden: torch.Tensor, weight: torch.T
                       memory: torch.Tensor, ignore_index: int, d_hidden: torch.Tensor | None,
                       d_weight: torch.Tensor | None, is_first: bool = True) -> torch.Tensor:  # fmt: skip
     """The losses of a chunk's rows: (C,) float32, 0 where ignored. Their gradients, float32, are added to d_hidden (C, D) and
-    d_weight (V, D), where these are given; d_weight holds nothing yet if `is_first`. memory: (C · V) of hidden's dtype."""
+    d_weight (V, D), where these are given; d_weight holds nothing yet if `is_first`. memory: C rows of V or more logits."""
     C, V = len(hidden), len(weight)
     with_gradient = d_hidden is not None or d_weight is not None
     if implementation == "chunked" and hidden.device.type == "cpu" and hidden.dtype == torch.float32:
@@ -151,7 +152,7 @@ def _forward_backward(implementation: str, hidden: torch.Tensor, weight: torch.T
         logits = memory.view(V, C).T
         losses = _word_by_word(logits, hidden, weight, targets, ignore_index, with_gradient)
     else:
-        logits = torch.mm(hidden, weight.T, out=memory.view(C, V))
+        logits = torch.mm(hidden, weight.T, out=memory.view(C, -1)[:, :V])
         row_by_row = {"chunked": row_losses_by_torch, "triton": row_losses_by_triton}[implementation]
         losses = row_by_row(logits, targets, ignore_index, with_gradient)
     if d_hidden is not None:
@@ -230,16 +231,20 @@ def row_losses_by_torch(logits: torch.Tensor, targets: torch.Tensor, ignore_inde
 def row_losses_by_triton(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, with_gradient: bool) -> torch.Tensor:
     """`row_losses_by_torch` in one kernel: a row is read twice and written once, and nothing else is held."""
     C, V = logits.shape
-    assert logits.stride(1) == 1
+    assert logits.stride(1) == 1 and logits.stride(0) % _block(V) == 0  # see the kernel
     targets = targets.contiguous()
     losses = torch.empty(C, dtype=torch.float32, device=logits.device)
-    block = min(triton.next_power_of_2(V), BLOCK)
     with torch.cuda.device_of(logits):  # Triton launches on the current device, which may be another
-        _row_kernel[(C,)](logits, logits.stride(0), targets, losses, V, ignore_index, with_gradient, block, num_warps=8)
+        _row_kernel[(C,)](logits, logits.stride(0), targets, losses, V, ignore_index, with_gradient, _block(V), num_warps=8)
     return losses
 
 
 BLOCK = 8192  # logits that a program of the kernel works on at a time: 32 in each of 256 threads
+
+
+def _block(V: int) -> int:
+    return min(triton.next_power_of_2(V), BLOCK)
+
 
 if triton is not None:
 
@@ -252,6 +257,8 @@ if triton is not None:
         of exp(logit - largest), rescaled when a larger one comes (online softmax, arXiv 1805.02867): no exponent is ever above
         0, so none overflows. The lanes are put together at the end of the row.
         Pass 2 reads the row again, mostly from the cache, and writes exp(logit - largest) / total, less 1 at the target.
+        Rows begin at multiples of BLOCK, so that whole blocks are read and written, 16 bytes a thread at a time; what lies
+        beyond V is anything, and counts as -inf. (The matrix products, too, are at their full rate on such rows only.)
         """
         row = tl.program_id(0).to(tl.int64)  # 64 bits: row * stride passes 2^31 at 8,255 rows of 260,164 words
         logits += row * stride
@@ -265,7 +272,7 @@ if triton is not None:
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             columns = start + lanes
-            x = tl.load(logits + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
+            x = tl.where(columns < V, tl.load(logits + columns).to(tl.float32), -float("inf"))
             larger = tl.maximum(largest, x)
             total = total * tl.exp(largest - larger) + tl.exp(x - larger)
             largest = larger
@@ -275,7 +282,7 @@ if triton is not None:
         if WITH_GRADIENT:
             for start in range(0, V, BLOCK):
                 columns = start + lanes
-                x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+                x = tl.load(logits + columns).to(tl.float32)
                 # Not exp(x - log-sum-exp): among logits of some hundreds that difference is rounded to 1e-5.
                 p = tl.exp(x - row_largest) / row_total - (columns == target).to(tl.float32)
-                tl.store(logits + columns, tl.where(is_kept, p, 0.0), mask=columns < V)
+                tl.store(logits + columns, tl.where(is_kept, p, 0.0))
