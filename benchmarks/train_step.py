@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 from mala.checkpoint import write_json  # noqa: E402
 from mala.cli import print_table, run  # noqa: E402
+from mala.cross_entropy import IGNORE_INDEX  # noqa: E402
 from mala.lora import LoRAConfig, add_lora, load_adapter, save_adapter, trainable_parameters  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
 
@@ -58,7 +59,9 @@ def our_trainer(folder: Path, dtype: torch.dtype, checkpointing: bool):
     model.gradient_checkpointing = checkpointing
 
     def loss_of(tokens):
-        targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)  # as transformers shifts labels
+        targets = torch.cat(
+            [tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE_INDEX)], dim=1
+        )  # as transformers shifts labels
         return model(tokens, targets=targets)
 
     return loss_of, list(trainable_parameters(model).values())

@@ -61,8 +61,9 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
 def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of every target, in nats, without gradients: (N, D), (V, D), (N,) -> (N,) float32."""
     check(hidden, weight, targets, IGNORE_INDEX, is_training=False)
-    chunks = _chunks(_best(hidden), hidden, weight.to(hidden.dtype), targets)
-    losses = [_forward_backward(_best(hidden), *chunk, IGNORE_INDEX, None, None) for _, *chunk in chunks]
+    implementation = _best(hidden)
+    chunks = _chunks(implementation, hidden, weight.to(hidden.dtype), targets)
+    losses = [_forward_backward(implementation, *chunk, IGNORE_INDEX, None, None) for _, *chunk in chunks]
     return torch.cat(losses) if losses else hidden.new_empty(0, dtype=torch.float32)
 
 

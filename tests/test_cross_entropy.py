@@ -158,9 +158,8 @@ def test_operands_that_do_not_fit_are_refused():
 
 
 def test_more_rows_than_words(monkeypatch):
-    monkeypatch.setattr(
-        mala.cross_entropy, "CHUNK_BYTES", {"cpu": 4 * 3 * 70_000}
-    )  # two chunks, the sum over rows is the long one
+    # Two chunks, in both of which the sum over rows, for dWeight, is the long one.
+    monkeypatch.setattr(mala.cross_entropy, "CHUNK_BYTES", {"cpu": 4 * 3 * 70_000})
     hidden, weight, targets = problem(140_000, 2, 3)
     found = results(hidden, weight, targets, linear_cross_entropy(hidden, weight, targets))
     assert max(error(found, exact(hidden, weight, targets))) < 1e-5
