@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mala.checkpoint import atomic_file, read_json, write_json
 from mala.cli import UserError, choose_device, option, parse, print_table, run
-from mala.data import Corpus
+from mala.corpus import Corpus
 from mala.lora import load_adapter
 from mala.model import Llama
 from mala.scoring import documents_nll, summarise, with_macro

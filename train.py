@@ -1,38 +1,56 @@
 """Adapt a LLaMA checkpoint to the languages of a corpus, as MaLA-500 did (arXiv 2401.13303).
 
-    python train.py                                            the bundled tiny LLaMA, on the bundled corpus, on a CPU
+    python train.py                                            configs/demo.toml: the bundled tiny LLaMA and corpus, on a CPU
     python train.py --config configs/mala500.toml --model DIR --data DIR --out DIR
+    torchrun --nproc-per-node 8 train.py --config ...          the same on eight GPUs
 
 The vocabulary is extended, LoRA is added to the attention, and it is trained together with the whole embeddings and head.
 The result is left in --out: adapter/ (PEFT's format, with its tokenizer.model), base/ (the checkpoint with the extended
-vocabulary, which the adapter needs), nll.json (per language, on held-out text, before and after) and metrics.jsonl.
+vocabulary, which the adapter needs), nll.json (per language, on held-out text, before and after), metrics.jsonl and
+checkpoints/. A run that was killed goes on from its last checkpoint when the same command is given again.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
-from mala.checkpoint import atomic_directory, write_json
+from mala import distributed, plan
+from mala.checkpoint import (
+    ADAPTER,
+    OPTIMIZER,
+    atomic_directory,
+    checkpoints,
+    read_json,
+    read_state,
+    read_tensors,
+    step_of,
+    write_json,
+    write_optimizer,
+)
 from mala.cli import UserError, choose_device, option, parse, print_table, run
-from mala.data import Batches, Corpus, pack
-from mala.extend import INITS, extend_model, save_extended
-from mala.lora import LoRAConfig, add_lora, find_targets, parameter_report, save_adapter, trainable_parameters
+from mala.corpus import Corpus
+from mala.data import Batches, open_streams, read_ahead
+from mala.distributed import World, catch_signals, whole
+from mala.extend import INITS
+from mala.log import RunLog, draw_run, peak_memory
+from mala.lora import LoRAConfig, adapter_tensors, add_lora, find_targets, parameter_report, save_adapter, trainable_parameters
 from mala.model import Llama
+from mala.prepare import prepare
 from mala.scoring import nll_by_language
 from mala.tokenizer import Tokenizer
-from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
 
 ROOT = Path(__file__).resolve().parent
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 
 
 @dataclass
@@ -40,7 +58,11 @@ class Settings:
     config: str | None = option(None, "a recipe, TOML: keys as the flags here, with underscores")
     model: str = option(str(ROOT / "assets/tiny-llama"), "the base checkpoint, a folder as the Hugging Face hub holds it")
     data: str = option(str(ROOT / "assets/demo/sib200"), "the corpus, a folder with one entry per language")
-    out: str = option("out/demo", "where the results go; those of an earlier run are replaced")
+    out: str = option("out/demo", "where the results go")
+    resume: str = option("auto", "auto: go on from the newest whole checkpoint in --out; never: start over and replace what is "
+                         "there; or a checkpoint's folder")  # fmt: skip
+    tokens: str | None = option(None, "where the token files go, for several runs to share; default: tokens/ in --out")
+    dry_run: bool = option(False, "print what would run, and what it would take, and write nothing")
     langs: tuple[str, ...] = option((), "train on these languages of the corpus only")
     held_out: float = option(0.2, "last share of each language's documents kept for measuring, where there is no test split")
     max_held_out: int = option(1000, "at most this many of them a language")
@@ -60,32 +82,38 @@ class Settings:
     steps: int | None = option(None, "optimizer steps; where given, they count and not the epochs")
     seq_len: int = option(128, "tokens a block")
     batch_size: int = option(16, "blocks an optimizer step")
-    micro_batch_size: int | None = option(None, "blocks a forward pass; the rest of a step is accumulated; default: all")
+    micro_batch_size: int | None = option(
+        None, "blocks a forward pass of a process; the rest of a step is accumulated; default: all"
+    )
     lr: float = option(5e-3, "highest learning rate")
     warmup_steps: int = option(20, "linear warm-up; then the rate falls linearly, to 0 after the last step")
     weight_decay: float = option(0.1, "AdamW's")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     alpha: float = option(0.3, "languages are drawn by n^alpha, n their number of documents")
     seed: int = option(0, "decides, with the steps and the corpus, every bit of the result on one machine")
+
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
+    save_every: int = option(50, "steps between two checkpoints")
+    keep: int = option(2, "the newest checkpoints that are kept")
+    eval_every: int | None = option(None, "steps between two measurements of held-out text; default: only before and after")
+    eval_documents: int = option(50, "at most this many documents of each language then")
+    tensorboard: bool = option(False, "write to tensorboard/ in --out, too (pip install tensorboard)")
 
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "of the frozen weights and the computation; auto: float32 on a CPU, else bfloat16",
                         choices=("auto", "float32", "bfloat16"))  # fmt: skip
     gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+    compile: str = option("auto", "torch.compile for every block; auto: on a GPU", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
-        positive = ("steps", "seq_len", "batch_size", "micro_batch_size", "lr", "log_every", "max_grad_norm", "epochs")
+        positive = ("steps", "seq_len", "batch_size", "micro_batch_size", "lr", "log_every", "save_every", "keep", "eval_every",
+                    "eval_documents", "max_grad_norm", "epochs")  # fmt: skip
         for name in positive:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, expected a positive number")
         for name in ("extend_vocab", "warmup_steps", "weight_decay", "alpha", "max_held_out", "seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise UserError(f"{name} is {getattr(self, name)}, expected a number from 0 to below 2^32")
-        if self.micro_batch_size is None:
-            self.micro_batch_size = self.batch_size
-        if self.batch_size % self.micro_batch_size:
-            raise UserError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
         for source in (self.model, self.data):
             if Path(self.out).resolve() in (Path(source) / "inside").resolve().parents:
                 raise UserError(f"{source}: lies in --out {self.out}, whose results are replaced; name another --out")
@@ -100,110 +128,181 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
 
 def main() -> None:
     settings = parse(Settings, __doc__.split("\n\n")[0])
+    if settings.dry_run:
+        return plan.dry_run(settings)
+    device, dtype = choose_device(settings.device, settings.dtype)
+    with distributed.start(device) as world:
+        train(settings, world, dtype)
+
+
+def train(settings: Settings, world: World, dtype: torch.dtype) -> None:
     started = time.perf_counter()
     out = Path(settings.out)
-    device, dtype = choose_device(settings.device, settings.dtype)
+    micro_batch_size = settings.micro_batch_size or max(1, settings.batch_size // world.size)
+    if settings.batch_size % (micro_batch_size * world.size):
+        raise UserError(f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
+                        + (f" x {world.size} processes" if world.size > 1 else ""))  # fmt: skip
 
-    # The base checkpoint, the corpus, and what would be learnt: a mistake in these is found before anything is written.
+    # A mistake in the checkpoint or in the corpus is found before anything is written. On `meta` no weight is read.
     base, base_tokenizer = Path(settings.model), Tokenizer.from_pretrained(settings.model)
-    model = Llama.from_pretrained(base, dtype, device)
-    base_tokenizer.check_fits(model.config.vocab_size)
+    shapes = Llama.from_pretrained(base, dtype, "meta")
+    base_tokenizer.check_fits(shapes.config.vocab_size)
     lora = LoRAConfig(settings.r, settings.lora_alpha, settings.lora_dropout, settings.target_modules, settings.modules_to_save,
                       settings.use_rslora)  # fmt: skip
-    find_targets(model, lora)
+    find_targets(shapes, lora)
     corpus = Corpus(settings.data, settings.langs, settings.held_out, settings.max_held_out)
-    train_documents, test_documents = corpus.load("train"), corpus.load("test")
-    tokenizer = base_tokenizer
-    if settings.extend_vocab:
-        words = count_words(sample(train_documents, settings.alpha, settings.seed))
-        if settings.vocab_method == "union":
-            tokenizer = Tokenizer(merge(base_tokenizer, Tokenizer(train_pieces(words, settings.extend_vocab))))
-        else:
-            tokenizer = Tokenizer(continue_merges(base_tokenizer, words, settings.extend_vocab))
+    peak_flops = plan.peak_flops(torch.cuda.get_device_name()) if world.device != "cpu" else None
 
-    streams = {
-        language: (len(documents), pack(tokenizer, documents))
-        for language, documents in tqdm(train_documents.items(), desc="packing", leave=False, disable=None)
-    }
-    corpus_tokens = sum(len(tokens) for _, tokens in streams.values())
-    steps = settings.steps or math.ceil(settings.epochs * corpus_tokens / (settings.batch_size * settings.seq_len))
+    # Vocabulary, extended checkpoint, held-out documents and token files, where they are not there yet.
+    resumed_from, identity = world.from_main(lambda: prepare(settings, corpus, world.device, dtype))
+    if settings.extend_vocab:
+        base = out / "base"
+    tokenizer = Tokenizer.from_pretrained(base)
+    test_documents = Corpus(out / "held_out", held_out=1.0).load("test")
+    streams = open_streams(corpus, Path(settings.tokens or out / "tokens"), tokenizer.bos_id)
+    corpus_tokens = sum(map(len, streams.values()))
+    tokens_a_step = settings.batch_size * settings.seq_len
+    steps = settings.steps or math.ceil(settings.epochs * corpus_tokens / tokens_a_step)
     batches = Batches(streams, settings.seq_len, settings.batch_size, steps, settings.alpha, settings.seed)
 
     # How well the checkpoint predicts the held-out text as it comes, with its own tokenizer.
-    clear(out)
-    before = nll_by_language(model, base_tokenizer, test_documents, "NLL before")
+    nll = world.from_main(lambda: read_json(out / "nll.json") if (out / "nll.json").exists() else {})
+    if "after" in nll and (resumed_from is None or step_of(resumed_from) >= steps):
+        if world.is_main:
+            report(nll["before"], nll["after"])
+            print(f"{out}: this run is finished; another --out, or --resume never, starts a new one")
+        return
+    if "before" not in nll:
+        model = Llama.from_pretrained(settings.model, dtype, world.device)
+        nll = {"before": nll_by_language(model, base_tokenizer, test_documents, "NLL before", world)}
+        del model
+    if world.is_main:
+        write_json(out / "nll.json", {"before": nll["before"]})
 
-    # A row in embed_tokens and lm_head for each new piece.
-    if settings.extend_vocab:
-        drawn = sample(train_documents, settings.alpha, settings.seed)
-        extend_model(model, base_tokenizer, tokenizer, settings.init, settings.seed, drawn)
-        base = out / "base"
-        save_extended(model, tokenizer, base)
+    few_documents = {language: texts[: settings.eval_documents] for language, texts in test_documents.items()}
 
     # LoRA, and the parameters that train: A, B and the modules saved whole.
+    model = Llama.from_pretrained(base, dtype, world.device)
     torch.manual_seed(settings.seed)  # for A, which starts at random
     add_lora(model, lora)
     model.gradient_checkpointing = settings.gradient_checkpointing
-    trainable = list(trainable_parameters(model).values())
-    optimizer = torch.optim.AdamW(trainable, weight_decay=settings.weight_decay, fused=True)
-    print(f"{len(base_tokenizer):,} pieces -> {len(tokenizer):,}; {len(streams)} languages, {corpus_tokens:,} tokens; "
-          f"{parameter_report(model)}")  # fmt: skip
+    summary = parameter_report(model)
+    flops = plan.flops_per_token(model, settings.seq_len)
+    is_compiled = settings.compile == "on" or settings.compile == "auto" and world.device != "cpu"
+    if is_compiled:
+        for block in model.model["layers"]:
+            block.compile()
+    distributed.shard(model, world)
+    trained, adapter = trainable_parameters(model), adapter_tensors(model, model.lora_whole)
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=settings.weight_decay, fused=True)
+    state = load_checkpoint(resumed_from, adapter, trained, optimizer) if resumed_from else {"step": 0}
+    if world.is_main:
+        print(f"{len(base_tokenizer):,} pieces -> {len(tokenizer):,}; {len(streams)} languages, {corpus_tokens:,} tokens; "
+              f"{summary}")  # fmt: skip
+        if resumed_from:
+            print(f"{resumed_from}: going on after step {state['step']} of {steps}")
+
+    def save(step: int) -> None:
+        tensors = distributed.gather(adapter, world)
+        moments = {f"{moment}.{name}": optimizer.state[parameter][moment]
+                   for name, parameter in trained.items() for moment in MOMENTS}  # fmt: skip
+        moments = distributed.gather(moments, world)
+        if world.is_main:
+            with atomic_directory(out / "checkpoints" / f"step-{step}", replace=True) as folder:
+                save_adapter(model, folder, str(base), tensors)
+                (folder / "tokenizer.model").write_bytes(tokenizer.model)
+                write_optimizer(folder, moments, {**log.state, "step": step, "identity": identity})
+            for old in checkpoints(out / "checkpoints")[: -settings.keep]:
+                shutil.rmtree(old)
+
+    def measure(documents: dict[str, list[str]], description: str) -> dict[str, dict]:
+        # Documents have all lengths, and a block would be compiled again for every other one.
+        with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
+            return nll_by_language(model, tokenizer, documents, description, world)
 
     # Training.
+    log = RunLog(out, state, steps, tokens_a_step, flops * tokens_a_step, peak_flops and peak_flops * world.size, world.device,
+                 world.is_main, settings.tensorboard)  # fmt: skip
     model.train()
-    progress = tqdm(range(steps), desc="training", unit="step", disable=None)
-    with open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
-        logged_at, logged_loss = time.perf_counter(), 0.0
-        for step in progress:
-            torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout depends on the step alone, not on what ran before
+    loaded = read_ahead(lambda step: batches.share(step, world.rank, world.size), range(state["step"], steps))
+    with catch_signals() as signals, contextlib.closing(log):
+        for step in range(state["step"], steps):
             lr = learning_rate(step, steps, settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            tokens, targets, languages = batches[step]  # (B, T), (B, T)
-            step_loss = 0.0
-            for x, y in zip(tokens.split(settings.micro_batch_size), targets.split(settings.micro_batch_size)):
+            began = time.perf_counter()
+            tokens, targets = next(loaded)  # (B / processes, T) each
+            waited = time.perf_counter() - began
+            step_loss = torch.zeros((), dtype=torch.float64, device=world.device)
+            for row in range(0, len(tokens), micro_batch_size):
+                x, y = tokens[row : row + micro_batch_size], targets[row : row + micro_batch_size]
+                torch.manual_seed(dropout_seed(settings.seed, step, world.rank * len(tokens) + row))
+                distributed.sync_gradients(model, row + micro_batch_size == len(tokens))
                 # Every micro-batch has as many targets, so the mean of its means is the mean of the batch.
-                loss = model(x.to(device), targets=y.to(device)) * len(x) / len(tokens)
+                loss = model(x.to(world.device), targets=y.to(world.device)) * len(x) / len(tokens)
                 loss.backward()
-                step_loss += loss.item()
-            grad_norm = clip_grad_norm_(trainable, settings.max_grad_norm).item()
+                step_loss += loss.detach()
+            grad_norm = whole(clip_grad_norm_(trained.values(), settings.max_grad_norm)).item()
+            # One process's signal stops them all, after the same step.
+            shared = torch.stack([step_loss / world.size, torch.full_like(step_loss, len(signals))])
+            step_loss, stop = world.sum(shared).tolist()
             if not math.isfinite(step_loss) or not math.isfinite(grad_norm):
-                raise UserError(f"step {step + 1}: the loss is {step_loss} and the gradient's norm {grad_norm} "
-                                f"(languages {', '.join(sorted(set(languages)))}); lower --lr")  # fmt: skip
+                languages = ", ".join(sorted(set(batches.languages_of(step))))
+                saved = checkpoints(out / "checkpoints")
+                raise UserError(f"step {step + 1}: the loss is {step_loss} and the gradient's norm {grad_norm} (languages "
+                                f"{languages}); lower --lr" + (f" and go on from {saved[-1]}" if saved else ""))  # fmt: skip
             optimizer.step()
             optimizer.zero_grad()
 
-            logged_loss += step_loss
-            if (step + 1) % settings.log_every == 0 or step + 1 == steps:
-                since = step % settings.log_every + 1  # steps since the last line
-                now = time.perf_counter()
-                speed = since * tokens.numel() / (now - logged_at)
-                line = {"step": step + 1, "tokens": (step + 1) * tokens.numel(), "loss": logged_loss / since, "lr": lr,
-                        "grad_norm": grad_norm, "tokens_per_second": speed}  # fmt: skip
-                metrics.write(json.dumps(line) + "\n")
-                progress.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_second=f"{speed:,.0f}")
-                logged_at, logged_loss = now, 0.0
+            step += 1
+            log.add(step_loss, waited)
+            is_due = settings.eval_every is not None and step % settings.eval_every == 0
+            measured = measure(few_documents, f"NLL at step {step}") if is_due else None
+            if step % settings.log_every == 0 or step == steps or measured:
+                log.write(step, measured, lr=lr, grad_norm=grad_norm)
+            if step % settings.save_every == 0 or step == steps or stop:
+                log.flush()
+                save(step)
+            if stop and step < steps:
+                if world.is_main:
+                    print(f"{out}: stopped after step {step} of {steps}, with a checkpoint; the same command goes on there")
+                return
 
     # What came of it.
-    after = nll_by_language(model, tokenizer, test_documents, "NLL after")
-    with atomic_directory(out / "adapter", replace=True) as adapter:
-        save_adapter(model, adapter, base=str(base))
-        (adapter / "tokenizer.model").write_bytes(tokenizer.model)
-    write_json(out / "nll.json", {"before": before, "after": after})
-    report(before, after)
-    print(f"{out}: {steps} steps, {time.perf_counter() - started:.0f} s, peak memory {peak_memory(device):.2f} GB")
+    before, after = nll["before"], measure(test_documents, "NLL after")
+    tensors = distributed.gather(adapter, world)
+    if world.is_main:
+        with atomic_directory(out / "adapter", replace=True) as folder:
+            save_adapter(model, folder, str(base), tensors)
+            (folder / "tokenizer.model").write_bytes(tokenizer.model)
+        write_json(out / "nll.json", {"before": before, "after": after})
+        draw_run(out)
+        report(before, after)
+        print(f"{out}: {steps} steps, {time.perf_counter() - started:.0f} s, "
+              f"peak memory {peak_memory(world.device) / 1e9:.2f} GB")  # fmt: skip
 
 
-def clear(out: Path) -> None:
-    """Make the output folder, and take away what an earlier run left, so that a killed run leaves no mixture of the two."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists():
-        raise UserError(f"{out}: the folder holds something that is no result of train.py; name an empty or a new --out")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.jsonl").touch()  # fails now, not after an hour, where nothing can be written
-    (out / "nll.json").unlink(missing_ok=True)
-    for name in ("adapter", "base"):
-        shutil.rmtree(out / name, ignore_errors=True)
+def load_checkpoint(folder: Path, adapter: dict[str, torch.Tensor], trained: dict[str, torch.Tensor],
+                    optimizer: torch.optim.Optimizer) -> dict[str, Any]:  # fmt: skip
+    """Fill the trained parameters and the optimizer's state from a checkpoint; returns what its training_state.json holds."""
+    state = read_state(folder)
+    for name, tensor in read_tensors(folder / ADAPTER):
+        distributed.fill(adapter[name], tensor)
+    moments = dict(read_tensors(folder / OPTIMIZER))
+    for name, parameter in trained.items():
+        # The optimizer counts its steps in float32, on the parameter's device.
+        of_parameter = {"step": torch.tensor(float(state["step"]), device=parameter.device)}
+        for moment in MOMENTS:
+            of_parameter[moment] = torch.zeros_like(parameter)
+            distributed.fill(of_parameter[moment], moments[f"{moment}.{name}"])
+        optimizer.state[parameter] = of_parameter
+    return state
+
+
+def dropout_seed(seed: int, step: int, row: int) -> int:
+    """Of the micro-batch that begins at a row of a step's batch: the same whatever ran before and whichever process it is."""
+    return int(np.random.SeedSequence([seed, step, row]).generate_state(1, np.uint64)[0])
 
 
 def report(before: dict, after: dict) -> None:
@@ -228,16 +327,6 @@ def report(before: dict, after: dict) -> None:
     print(f"held-out NLL, nats a document, mean of {len(languages)} languages: {b['nll_per_document']:.1f} -> "
           f"{a['nll_per_document']:.1f} ({a['nll_per_document'] / b['nll_per_document'] - 1:+.1%}), bits per byte "
           f"{b['bits_per_byte']:.2f} -> {a['bits_per_byte']:.2f}; improved: {improved} of {len(languages)}")  # fmt: skip
-
-
-def peak_memory(device: str) -> float:
-    """In GB: of the GPU where there is one, else the resident memory of the process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows, which no other part needs to know
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from mala.cli import print_table, run
-from mala.data import Corpus
+from mala.corpus import Corpus
 from mala.extend import INITS, extend_model
 from mala.model import Llama
 from mala.scoring import nll_by_language

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mala.cli import print_table, run
-from mala.data import Corpus
+from mala.corpus import Corpus
 from mala.report import compare
 from mala.tokenizer import Tokenizer
 from mala.vocab import continue_merges, count_words, merge, sample, train_pieces

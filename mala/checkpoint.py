@@ -3,6 +3,8 @@
 - Nothing is half-written: a file or a folder is made beside its place, flushed to the disk, then renamed.
 - Weights are read through a memory map, one tensor at a time: no second copy of a checkpoint is ever in memory.
 - Only safetensors; a pickle can run any code and is never loaded.
+- A checkpoint of a training run is a folder `step-N/`: an adapter as PEFT knows it, the optimizer's state, and what else the
+  next step depends on. It holds whole tensors, so that any number of processes can go on from it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -38,13 +41,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary.touch()
     mode = temporary.stat().st_mode
     try:
-        yield temporary
+        with _named(path):
+            yield temporary
         os.chmod(temporary, mode)  # safetensors makes its files readable by their owner alone
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A write that fails, on a full disk for instance, does not say to which file it was; this does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise UserError(f"{path}: could not be written ({error.strerror or error}); make room or name another folder") from None
 
 
 @contextlib.contextmanager
@@ -76,7 +91,8 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with _named(path):
+            yield temporary
         for file in temporary.rglob("*"):
             _flush(file)
         if path.exists():  # a rename cannot replace a folder that holds something
@@ -233,3 +249,51 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
         except SafetensorError as error:  # how it reports a full disk
             raise UserError(f"{file}: could not be written ({error}); make room or name another folder") from None
+
+
+# Checkpoints of a training run.
+
+ADAPTER, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "training_state.json"
+
+
+def write_optimizer(folder: Path, moments: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """Make an adapter's folder a checkpoint: `moments` are the optimizer's tensors, `state` is JSON."""
+    write_tensors(folder / OPTIMIZER, moments)
+    write_json(folder / STATE, state)
+
+
+def step_of(folder: Path) -> int:
+    """N of a folder `step-N`, 0 of any other."""
+    name, _, number = folder.name.partition("-")
+    return int(number) if name == "step" and number.isdecimal() else 0
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders `step-N/` in a folder, in order of N."""
+    return sorted((entry for entry in folder.glob("step-*") if step_of(entry)), key=step_of)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """training_state.json: `step`, how many are done; `loss`, `logged_step` (mala/log.py) and `identity` (mala/prepare.py)."""
+    return read_json(folder / STATE)
+
+
+def check_whole(folder: Path) -> None:
+    """Raise UserError where a checkpoint lacks a file or holds a damaged one."""
+    for file in (ADAPTER, OPTIMIZER):
+        try:
+            safe_open(folder / file, framework="pt").keys()  # compares the size with what the header says
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / file}: missing or damaged ({error}); name another checkpoint") from None
+    read_json(folder / STATE)
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder that is whole; damaged ones are named on stderr."""
+    for newest in reversed(checkpoints(folder)):
+        try:
+            check_whole(newest)
+            return newest
+        except UserError as error:
+            print(f"{newest}: passed over, the checkpoint before it is taken: {error}", file=sys.stderr)
+    return None

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -36,13 +38,22 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        fail(str(error))
     except OSError as error:  # a folder that cannot be written, a full disk: the user's to mend, and the system names it
         if error.filename is None and error.strerror is None:
             raise
-        sys.exit(f"error: {error.filename or 'input or output'}: {error.strerror}")
+        fail(f"{error.filename or 'input or output'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def fail(message: str) -> typing.NoReturn:
+    """Print the sentence and exit with status 1."""
+    rank = int(os.environ.get("RANK", "0"))  # of the processes that torchrun started
+    if rank:
+        time.sleep(2)  # a mistake that all processes find is said by the first: torchrun then ends the others
+        message = f"process {rank}: {message}"
+    sys.exit(f"error: {message}")
 
 
 class ArgumentParser(argparse.ArgumentParser):

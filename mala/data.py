@@ -1,283 +1,260 @@
-"""From a corpus of many languages to batches of token blocks.
+"""Token files, and what every training step sees of them.
 
-A corpus is a folder with one entry per language, `<ISO 639-3>_<ISO 15924>`: a file `swh_Latn.txt` (a document a line) or
-`swh_Latn.jsonl` (a document a `text` field), either with `.gz`, or a folder `swh_Latn/` of such files, of `.parquet`, of
-`.arrow`, or of SIB-200's and Taxi1500's `.tsv`. Where a language's files are named for their split (`train.tsv`,
-`swh_Latn_test.jsonl`), the split is theirs; elsewhere the last documents of each language are held out.
+A corpus is tokenised once, by as many processes as there are cores. For every corpus file there is a token file, which holds
+the tokens of its documents, `<s>` before each (and nowhere else), as little-endian uint16, or as uint32 where the vocabulary
+takes it. `index.json` says which file came from what, so that only what changed is tokenised again:
 
-Packing is MaLA-500's: `<s>` before each document, everything of a language concatenated, cut into blocks of `seq_len`.
+    {"tokenizer": SHA-256, "dtype": "uint16", "languages": {"swh_Latn": [
+        {"source": "swh_Latn.txt", "digest": SHA-256, "file": "swh_Latn.0.bin", "documents": 5, "tokens": 130}, ...]}}
+
+Packing is MaLA-500's: everything of a language in a row, cut into blocks of `seq_len`. How often a language is drawn is
+decided when training begins, from the index.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import re
-import sys
-import zlib
+import hashlib
+import multiprocessing
+import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from functools import cached_property
-from itertools import chain, islice
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from mala.checkpoint import COPY_BYTES, atomic_file, read_json, write_json
 from mala.cli import UserError
-from mala.tokenizer import Tokenizer
+from mala.corpus import Corpus, language_shares, read_documents
+from mala.tokenizer import Tokenizer, WordPacker
 
-LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
-# `train.tsv`, `swh_Latn_test.jsonl.gz`, and the shards of a hub: `validation-00000-of-00001.parquet`
-SPLIT_FILE = re.compile(r"(?:.*_)?(train|dev|validation|test)(?:-\d+-of-\d+)?(?:\..*)?")
-FORMATS = (".txt", ".jsonl", ".tsv", ".parquet", ".arrow")
+POOL_BYTES = 2**24  # a corpus smaller than this is tokenised before other processes have started
+PREFETCH = 2  # batches that are read ahead
+Batch = TypeVar("Batch")
 
 
-class Corpus:
-    """The documents of a corpus folder, by language and split.
+def file_digests(files: list[Path], known: dict[str, Any]) -> dict[str, list]:
+    """path -> [bytes, time of the last change in ns, SHA-256 of the content] for every file.
 
-    A language without split files of its own is split by order: the last `held_out` share of its documents, at most
-    `max_held_out` of them, is its test split, the rest its train split; a share of 1 makes all of it the test split.
-    `languages` narrows the corpus.
+    known: an earlier answer; a file of the same size and time is not read again. Only the content counts: a copy of a corpus
+    has other times and is the same corpus.
     """
 
-    def __init__(self, root: str | Path, languages: tuple[str, ...] = (), held_out: float = 0.2,
-                 max_held_out: int = 1000):  # fmt: skip
-        self.root = Path(root)
-        self.held_out, self.max_held_out = held_out, max_held_out
-        if not 0 <= held_out <= 1:
-            raise UserError(f"the held-out share is {held_out}, expected a number from 0 to 1")
-        self.files = _find_files(self.root)
-        for language in languages:
-            if language not in self.files:
-                raise UserError(f"{self.root}: there is no language {language!r}; it holds {_some(list(self.files))}")
-        if languages:
-            self.files = {language: self.files[language] for language in sorted(set(languages))}
-        self.languages = list(self.files)
+    def digest(file: Path) -> list:
+        status = file.stat()
+        entry = known.get(str(file.resolve()))
+        if isinstance(entry, list) and entry[:2] == [status.st_size, status.st_mtime_ns]:
+            return entry
+        content = hashlib.sha256()
+        with open(file, "rb") as opened:
+            while block := opened.read(COPY_BYTES):
+                content.update(block)
+        return [status.st_size, status.st_mtime_ns, content.hexdigest()]
 
-    def documents(self, language: str, split: str) -> Documents:
-        """The documents of one language in one split ("train", "dev", "test"), blank ones left out; maybe none."""
-        files = self.files[language]
-        splits = [_split_of(file) for file in files]
-        if any(splits):
-            if not all(splits):
-                odd = files[splits.index(None)]
-                raise UserError(f"{odd}: of no split, but files beside it are; expected all or none named train, dev or test")
-            return Documents([file for file in files if _split_of(file) == split], lambda total: (0, total))
-
-        def part(total: int) -> tuple[int, int]:
-            kept = 0
-            if self.held_out < 1:
-                kept = total - min(int(total * self.held_out), self.max_held_out)
-            return {"train": (0, kept), "dev": (0, 0), "test": (kept, total)}[split]
-
-        return Documents(files, part)
-
-    def stream(self, split: str) -> dict[str, Documents]:
-        """language -> documents, for every language that has some. Raises UserError where none has."""
-        return self._all("counting", split, lambda documents: documents)
-
-    def load(self, split: str) -> dict[str, list[str]]:
-        """`stream`, but read into memory, and only once."""
-        return self._all("reading", split, Documents.load)
-
-    def _all(self, doing: str, split: str, take: Callable[[Documents], Any]) -> dict[str, Any]:
-        bar = tqdm(self.languages, desc=f"{doing} {split}", unit="language", leave=False, disable=None)
-        found = {language: taken for language in bar if len(taken := take(self.documents(language, split)))}
-        if not found:
-            raise UserError(f"{self.root}: the corpus is empty: no language has a document in its {split} split "
-                            f"(held-out share {self.held_out})")  # fmt: skip
-        return found
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = threads.map(digest, files)
+        bar = tqdm(zip(files, found), desc="checking the corpus", total=len(files), unit="file", leave=False, disable=None)
+        return {str(file.resolve()): entry for file, entry in bar}
 
 
-class Documents:
-    """A part of the documents in some files, blank ones not counted. They are read anew each time they are gone through, so
-    that they may be larger than memory. part: how many there are -> the first of the part, and the one after its last."""
+def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], root: Path) -> None:
+    """Bring the token files in `root` up to date with the train split of a corpus. What a killed run has finished is kept.
 
-    def __init__(self, files: list[Path], part: Callable[[int], tuple[int, int]]):
-        self.files, self.part = files, part
+    digests: `file_digests` of the corpus's files. Raises UserError for a corpus file that cannot be read.
+    """
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+    made_by = {"tokenizer": hashlib.sha256(tokenizer.model).hexdigest(), "dtype": dtype}
+    index = read_json(root / "index.json") if (root / "index.json").exists() else {}
+    made = {}
+    if {key: index.get(key) for key in made_by} == made_by:
+        made = {part["file"]: part for parts in index["languages"].values() for part in parts}
+    languages: dict[str, list[dict]] = {}
+    jobs = []
+    for language in corpus.languages:
+        for number, source in enumerate(corpus.documents(language, "train").files):
+            wanted = {"source": source.name, "digest": digests[str(source.resolve())][2], "file": f"{language}.{number}.bin"}
+            part = made.get(wanted["file"], {})
+            if {**part, **wanted} == part and _size(root / part["file"]) == part["tokens"] * np.dtype(dtype).itemsize:
+                languages.setdefault(language, []).append(part)
+            else:
+                jobs.append((language, source, wanted))
+    write_json(root / "index.json", {**made_by, "languages": languages})  # what is made anew is not in it while it changes
+    for file in root.glob("*.bin"):
+        if file.name not in {part["file"] for parts in languages.values() for part in parts}:
+            file.unlink()
 
-    def _read(self) -> Iterator[str]:
-        return chain.from_iterable(read_documents(file) for file in self.files)
+    jobs.sort(key=lambda job: -job[1].stat().st_size)  # the largest first: none is left to one process at the end
+    size = sum(source.stat().st_size for _, source, _ in jobs)
+    with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        for (language, source, wanted), (documents, tokens) in _in_parallel(jobs, size, root, tokenizer, dtype):
+            parts = languages.setdefault(language, [])
+            parts.append({**wanted, "documents": documents, "tokens": tokens})
+            parts.sort(key=lambda part: int(part["file"].split(".")[1]))
+            write_json(root / "index.json", {**made_by, "languages": dict(sorted(languages.items()))})
+            bar.update(source.stat().st_size)
 
-    @cached_property
-    def bounds(self) -> tuple[int, int]:
-        return self.part(sum(1 for _ in self._read()))
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else -1
+
+
+def _in_parallel(jobs: list[tuple], size: int, root: Path, tokenizer: Tokenizer, dtype: str) -> Iterator[tuple]:
+    """(job, (documents, tokens)) of every job as it is finished."""
+    if size < POOL_BYTES or len(jobs) == 1:
+        packer = WordPacker(tokenizer, dtype)
+        yield from ((job, _tokenise_file(job[1], root / job[2]["file"], packer)) for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of PyTorch's threads, held or not
+    processes = min(len(jobs), os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, spawn, _start_worker, (tokenizer.model, tokenizer.name, dtype)) as pool:
+        running = {pool.submit(_work, source, root / wanted["file"]): (language, source, wanted)
+                   for language, source, wanted in jobs}  # fmt: skip
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+        except BrokenProcessPool:
+            raise UserError("a process that tokenised was killed (is the memory full?); the same command goes on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_packer: WordPacker  # of a worker process
+
+
+def _start_worker(model: bytes, name: str, dtype: str) -> None:
+    global _packer
+    _packer = WordPacker(Tokenizer(model, name), dtype)
+
+    def follow_parent() -> None:  # which, when killed, cannot end its workers
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _work(source: Path, target: Path) -> tuple[int, int]:
+    return _tokenise_file(source, target, _packer)
+
+
+def _tokenise_file(source: Path, target: Path, packer: WordPacker) -> tuple[int, int]:
+    """Write the tokens of a corpus file; returns how many documents and tokens these are."""
+    documents = 0
+    with atomic_file(target, "wb") as file:
+        for text in read_documents(source):
+            file.write(packer.pack(text))
+            documents += 1
+        return documents, file.tell() // packer.dtype.itemsize
+
+
+class Stream:
+    """The tokens of one language in a row, memory-mapped; they lie in one or more files. documents: how many these are."""
+
+    def __init__(self, parts: list[np.ndarray], documents: int):
+        self.parts, self.documents = parts, documents
+        self.ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
-        return self.bounds[1] - self.bounds[0]
+        return int(self.ends[-1])
 
-    def __iter__(self) -> Iterator[str]:
-        return islice(self._read(), *self.bounds)
+    def take(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from `start` on, from the first again after the last: (count,)."""
+        taken = []
+        while count:
+            start %= len(self)
+            part = int(np.searchsorted(self.ends, start, side="right"))
+            begin = start - int(self.ends[part]) + len(self.parts[part])  # within the part
+            taken.append(self.parts[part][begin : begin + count])
+            start, count = start + len(taken[-1]), count - len(taken[-1])
+        return np.concatenate(taken)
 
-    def load(self) -> list[str]:
-        documents = list(self._read())
-        return documents[slice(*self.part(len(documents)))]
-
-
-def _find_files(root: Path) -> dict[str, list[Path]]:
-    """language -> its files, both in order of name. Entries that are no language's are named on stderr and skipped."""
-    if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder; expected a corpus with one entry per language")
-    found: dict[str, list[Path]] = {}
-    skipped = []
-    for entry in _visible(root):
-        language = entry.name.split(".")[0]
-        files = _visible(entry) if entry.is_dir() else [entry]
-        files = [file for file in files if _format_of(file)]
-        if not LANGUAGE.fullmatch(language) or not files:
-            skipped.append(entry.name)
-            continue
-        if language in found:
-            raise UserError(f"{root}: {language} has two entries, {entry.name} is the second; expected one per language")
-        found[language] = files
-    if skipped:
-        print(f"{root}: skipped {_some(skipped)}: not named for a language, or no corpus file", file=sys.stderr)
-    if not found:
-        raise UserError(f"{root}: no corpus: expected entries such as swh_Latn.txt, swh_Latn.jsonl.gz or swh_Latn/")
-    return found
+    def without_last(self, documents: int, bos_id: int) -> Stream:
+        """The stream without its last documents. Each begins with `<s>`, so the end is searched for their beginnings."""
+        parts, left = list(self.parts), documents
+        while left:
+            width = 2**16
+            while np.count_nonzero(parts[-1][-width:] == bos_id) < left and width < len(parts[-1]):
+                width *= 2
+            begins = np.flatnonzero(parts[-1][-width:] == bos_id) + max(0, len(parts[-1]) - width)
+            parts[-1] = parts[-1][: begins[-left] if left <= len(begins) else 0]
+            left -= min(left, len(begins))
+            if not len(parts[-1]):
+                parts.pop()
+        return Stream(parts, self.documents - documents)
 
 
-def _visible(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "README")))
+def open_streams(corpus: Corpus, root: Path, bos_id: int) -> dict[str, Stream]:
+    """language -> its stream of training tokens, for every language that has some, from what `tokenise` left in `root`.
 
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _format_of(file: Path) -> str | None:
-    suffix = Path(file.name.removesuffix(".gz")).suffix
-    return suffix if suffix in FORMATS else None
-
-
-def _split_of(file: Path) -> str | None:
-    found = SPLIT_FILE.fullmatch(file.name)
-    return found and {"validation": "dev"}.get(found[1], found[1])
-
-
-def read_documents(file: Path) -> Iterator[str]:
-    """The documents of one corpus file, blank ones left out. Raises UserError that names the file and the line."""
-    kind = _format_of(file)
-    if kind in (".parquet", ".arrow"):
-        texts = _read_arrow(file)
-    elif kind == ".jsonl":
-        texts = (_json_text(file, number, line) for number, line in read_lines(file) if line.strip())
-    elif kind == ".tsv":
-        texts = _read_tsv(file)
-    else:
-        texts = (line for _, line in read_lines(file))
-    return (text for text in texts if text.strip())
-
-
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end) of a UTF-8 file, plain or `.gz`; a byte-order mark is dropped."""
-    opened = gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")
-    with opened as lines:
-        try:
-            for number, raw in enumerate(lines, 1):  # bytes: only \n ends a line, not U+2028 and its like
-                line = raw.decode().rstrip("\r\n")
-                yield number, line.removeprefix("\ufeff") if number == 1 else line
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{file}: line {number} is not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
-                f"convert the file, for instance with iconv"
-            ) from None
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{file}: damaged gzip file ({error}); download it again") from None
-
-
-def _json_text(file: Path, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-        text.encode()  # half a surrogate pair, "\ud800", is JSON but no text
-        return text
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):  # UnicodeEncodeError is a ValueError
-        raise UserError(f'{file}: line {number} is not a JSON object with a string "text"') from None
-
-
-def _read_tsv(file: Path) -> Iterator[str]:
-    """The text of SIB-200's rows (header `index_id category text`) or Taxi1500's (no header); quotes are text."""
-    for number, line in read_lines(file):
-        if not line.strip():
-            continue
-        cells = line.split("\t")
-        if len(cells) != 3:
-            raise UserError(f"{file}: line {number} has {len(cells)} columns, expected 3 (id, label, text)")
-        if not (number == 1 and cells == ["index_id", "category", "text"]):
-            yield cells[2]
-
-
-def _read_arrow(file: Path) -> Iterator[str]:
-    """The column `text` of a Parquet file or an Arrow stream (how `datasets` saves, Glot500-c among them)."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError:
-        raise UserError(f"{file}: reading .parquet and .arrow takes pyarrow: pip install pyarrow") from None
-    try:
-        if file.suffix == ".parquet":
-            batches = pq.ParquetFile(file).iter_batches(columns=["text"])
-        else:
-            batches = pa.ipc.open_stream(pa.memory_map(str(file)))
-        for batch in batches:
-            column = batch.column("text")
-            if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-                raise KeyError(f"text is {column.type}, expected string")
-            yield from (text for text in column.to_pylist() if text is not None)
-    except (pa.ArrowException, KeyError, OSError) as error:
-        raise UserError(f"{file}: not a table with a column 'text' ({error})") from None
-
-
-def pack(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """All tokens of one language in a row, `<s>` before each document: (tokens,) uint32."""
-    encoded = tokenizer.encode_batch(documents, bos=True)
-    return np.fromiter((token for ids in encoded for token in ids), dtype=np.uint32)
-
-
-def language_shares(documents: list[int], alpha: float) -> np.ndarray:
-    """Probability of each language, proportional to n^alpha, n its number of documents: (languages,) float64.
-
-    alpha 1 draws languages by size, alpha 0 all alike; MaLA-500's 0.3 lets the small ones be heard.
+    Raises UserError where none has any.
     """
-    weights = np.array(documents, dtype=np.float64) ** alpha
-    return weights / weights.sum()
+    index = read_json(root / "index.json")
+    streams = {}
+    for language, parts in index["languages"].items():
+        maps = [np.memmap(root / part["file"], dtype=index["dtype"], mode="r") for part in parts if part["tokens"]]
+        total = sum(part["documents"] for part in parts)
+        _, end = corpus.documents(language, "train").part(total)  # a language's held-out documents are its last
+        if end:
+            streams[language] = Stream(maps, total).without_last(total - end, bos_id)
+    if not streams:
+        raise UserError(f"{corpus.root}: no language has a document in its train split (held-out share {corpus.held_out})")
+    return streams
 
 
 class Batches:
-    """What every training step sees: a pure function of (seed, step), with no state to save.
+    """What every training step sees: a pure function of (seed, step, rank), with no state to save.
 
-    streams: language -> (documents, packed tokens). A row of a batch is a block of one language: the language is drawn
-    by `language_shares`, as MaLA-500 sampled Glot500-c, and a language's
-    blocks come in a new random order each time all of them have been seen. A last, incomplete block is filled up from
-    the language's beginning, so that every token of every document is trained on.
+    A row of a batch is a block of one language: the language is drawn by `language_shares`, as MaLA-500 sampled Glot500-c,
+    and a language's blocks come in a new random order each time all of them have been seen. A last, incomplete block is
+    filled up from the language's beginning, so that every token of every document is trained on.
     """
 
-    def __init__(self, streams: dict[str, tuple[int, np.ndarray]], seq_len: int, batch_size: int, steps: int,
-                 alpha: float, seed: int):  # fmt: skip
+    def __init__(self, streams: dict[str, Stream], seq_len: int, batch_size: int, steps: int, alpha: float, seed: int):
         self.languages = list(streams)
-        self.tokens = [tokens for _, tokens in streams.values()]
-        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        shares = language_shares([documents for documents, _ in streams.values()], alpha)
+        self.streams = list(streams.values())
+        self.seq_len, self.batch_size = seq_len, batch_size
+        shares = language_shares([stream.documents for stream in self.streams], alpha)
         rng = np.random.default_rng([seed, 0])
-        self.language_of_row = rng.choice(len(self.languages), size=steps * batch_size, p=shares)
-        self.block_of_row = np.empty(steps * batch_size, dtype=np.int64)
-        for index, tokens in enumerate(self.tokens):
-            rows = np.flatnonzero(self.language_of_row == index)
-            blocks = -(-len(tokens) // seq_len)  # rounded up
+        self.language_of_row = rng.choice(len(self.languages), size=steps * batch_size, p=shares).astype(np.uint16)
+        self.block_of_row = np.empty(steps * batch_size, dtype=np.uint32)
+        by_language = np.argsort(self.language_of_row, kind="stable")  # the rows of the first language in order, and so on
+        counts = np.bincount(self.language_of_row, minlength=len(self.languages))
+        for index, rows in enumerate(np.split(by_language, np.cumsum(counts)[:-1])):
+            blocks = -(-len(self.streams[index]) // seq_len)  # rounded up
             rng = np.random.default_rng([seed, 1, index])
             orders = [rng.permutation(blocks) for _ in range(-(-len(rows) // blocks))]
             self.block_of_row[rows] = np.concatenate(orders)[: len(rows)] if orders else 0
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        """tokens (B, T) int64, targets (B, T) int64 (the token after each), and the languages of the B rows."""
-        rows = range(step * self.batch_size, (step + 1) * self.batch_size)
-        blocks = np.stack([self._block(self.language_of_row[row], self.block_of_row[row]) for row in rows])  # (B, T+1)
-        blocks = torch.from_numpy(blocks.astype(np.int64))
-        return blocks[:, :-1], blocks[:, 1:], [self.languages[self.language_of_row[row]] for row in rows]
+    def languages_of(self, step: int) -> list[str]:
+        """The languages of the B rows of a step."""
+        rows = self.language_of_row[step * self.batch_size : (step + 1) * self.batch_size]
+        return [self.languages[language] for language in rows]
 
-    def _block(self, language: int, block: int) -> np.ndarray:
-        """T + 1 tokens: the block and, as the last one's target, the token that follows it."""
-        start = int(block) * self.seq_len
-        return self.tokens[language].take(range(start, start + self.seq_len + 1), mode="wrap")
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens (B, T) int64, and targets (B, T) int64, the token after each."""
+        return self.share(step, 0, 1)
+
+    def share(self, step: int, rank: int, processes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What process `rank` of so many sees of a step: its part of the B rows, in order."""
+        part = self.batch_size // processes
+        first = step * self.batch_size + rank * part
+        # T + 1 tokens a row: the block and, as the last one's target, the token that follows it.
+        blocks = [self.streams[self.language_of_row[row]].take(int(self.block_of_row[row]) * self.seq_len, self.seq_len + 1)
+                  for row in range(first, first + part)]  # fmt: skip
+        blocks = torch.from_numpy(np.stack(blocks).astype(np.int64))  # (B / processes, T + 1)
+        return blocks[:, :-1], blocks[:, 1:]
+
+
+def read_ahead(load: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
+    """load(step) for every step, read by a thread while the caller is busy with those before."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(load, step) for step in steps[:PREFETCH])
+        for step in steps:
+            batch = coming.popleft().result()
+            if step + PREFETCH in steps:
+                coming.append(thread.submit(load, step + PREFETCH))
+            yield batch

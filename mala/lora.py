@@ -238,13 +238,14 @@ def adapter_tensors(model: Llama, whole: tuple[str, ...]) -> dict[str, nn.Parame
     return tensors
 
 
-def save_adapter(model: Llama, directory: str | Path, base: str = "") -> None:
-    """Write the adapter in PEFT's format. `base` is where its base model lies, for whoever loads it."""
+def save_adapter(model: Llama, directory: str | Path, base: str = "", tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter in PEFT's format. `base` is where its base model lies, for whoever loads it; `tensors` are those of
+    `adapter_tensors`, where they had to be gathered from several processes."""
     if model.unmerged:
         raise UserError("the model's adapter is merged into its weights; unmerge it first")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach() for name, tensor in adapter_tensors(model, model.lora_whole).items()}
+    tensors = {name: tensor.detach() for name, tensor in (tensors or adapter_tensors(model, model.lora_whole)).items()}
     if model.config.tie_word_embeddings and f"{PREFIX}lm_head.weight" in tensors:
         # Written twice, as PEFT does: safetensors refuses two names for one memory.
         tensors[f"{PREFIX}lm_head.weight"] = tensors[f"{PREFIX}lm_head.weight"].clone()

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from mala import checkpoint
 from mala.cli import UserError
-from mala.cross_entropy import linear_cross_entropy
+from mala.cross_entropy import IGNORE_INDEX, linear_cross_entropy, token_nll
 
 
 @dataclass
@@ -310,18 +310,24 @@ class Llama(nn.Module):
             cache.length += tokens.shape[1]
         return self.model["norm"](x)
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None,
-                cache: KVCache | None = None) -> torch.Tensor:  # fmt: skip
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None,
+                reduction: str = "mean") -> torch.Tensor:  # fmt: skip
         """Logits (B, T, V) of the token after each of `tokens` (B, T) int64, in the compute dtype;
 
         or, given `targets` (B, T) int64, the mean NLL in nats per target. targets[b, t] is the token that comes *after*
-        tokens[b, t], so the caller has shifted them; -100 is left out.
+        tokens[b, t], so the caller has shifted them; -100 is left out. With `reduction` "none" it is the NLL of every target,
+        (B, T) float32, 0 where one is left out, and without gradients.
         """
         x = self.hidden_states(tokens, cache)
-        if targets is not None:
+        if targets is None:
+            return F.linear(x, self.lm_head.weight.to(x.dtype))
+        if reduction == "mean":
             # (B, T, D) -> (N, D), (B, T) -> (N,)
             return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        return F.linear(x, self.lm_head.weight.to(x.dtype))
+        counted = targets != IGNORE_INDEX  # (B, T)
+        losses = torch.zeros(targets.shape, device=x.device)  # (B, T)
+        losses[counted] = token_nll(x[counted], self.lm_head.weight, targets[counted])
+        return losses
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None,

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from mala.cross_entropy import IGNORE_INDEX, token_nll
+from mala.cross_entropy import IGNORE_INDEX
+from mala.distributed import World
 from mala.model import Llama
 from mala.tokenizer import Tokenizer
 
 BATCH_TOKENS = 4096
+ALONE = World()
 
 
 def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -31,11 +33,13 @@ def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str]) -> tuple[list[float], list[int]]:
+def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str], world: World = ALONE
+                  ) -> tuple[list[float], list[int]]:  # fmt: skip
     """−Σ ln p over all tokens of each document after `<s>`, in nats, and how many tokens these are.
 
     Softmax and sums are float32. Windows of like length share a batch of at most 4,096 tokens (one row, where a single
-    window is longer); what fills up a row stands to its right, where causal attention never looks.
+    window is longer); what fills up a row stands to its right, where causal attention never looks. Several processes take
+    turns with the batches, and all of them get all figures.
     """
     was_training = model.training
     model.eval()
@@ -47,23 +51,26 @@ def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str]) -> t
         for window in windows(len(ids), model.config.max_position_embeddings)
     ]
     jobs.sort(key=lambda job: (job[3] - job[1], job))  # by window length
-    nll = [0.0] * len(documents)
+    batches = []
     while jobs:
         width = jobs[-1][3] - jobs[-1][1] - 1  # the longest comes last: no batch needs more memory than the first
-        batch = [jobs.pop() for _ in range(min(len(jobs), max(1, BATCH_TOKENS // width)))]
+        batches.append([jobs.pop() for _ in range(min(len(jobs), max(1, BATCH_TOKENS // width)))])
+    nll = torch.zeros(len(documents), dtype=torch.float64, device=device)
+    for turn in range(world.rank, len(batches) + world.rank, world.size):
+        # A sharded model computes only when all processes do: one that is left without a batch repeats the last.
+        batch = batches[min(turn, len(batches) - 1)]
+        width = batch[0][3] - batch[0][1] - 1
         tokens = torch.zeros(len(batch), width, dtype=torch.int64)  # (B, T)
         targets = torch.full((len(batch), width), IGNORE_INDEX)  # (B, T)
         for row, (document, start, first, end) in enumerate(batch):
             ids = torch.tensor(encoded[document][start:end])
             tokens[row, : len(ids) - 1] = ids[:-1]
             targets[row, first - start - 1 : len(ids) - 1] = ids[first - start :]
-        hidden = model.hidden_states(tokens.to(device))  # (B, T, D)
-        wanted = targets != IGNORE_INDEX  # (B, T)
-        losses = token_nll(hidden[wanted.to(device)], model.lm_head.weight, targets[wanted].to(device))  # (targets,)
-        for (document, *_), row_losses in zip(batch, losses.cpu().split(wanted.sum(1).tolist())):
-            nll[document] += row_losses.sum().item()
+        losses = model(tokens.to(device), targets=targets.to(device), reduction="none").sum(1)  # (B,)
+        if turn < len(batches):
+            nll.index_add_(0, torch.tensor([document for document, *_ in batch], device=device), losses.double())
     model.train(was_training)
-    return nll, [len(ids) - 1 for ids in encoded]
+    return world.sum(nll).tolist(), [len(ids) - 1 for ids in encoded]
 
 
 def summarise(documents: list[str], nll: list[float], tokens: list[int]) -> dict[str, float]:
@@ -86,7 +93,9 @@ def with_macro(languages: dict[str, dict[str, float]]) -> dict[str, dict]:
     return {"languages": languages, "macro": macro}
 
 
-def nll_by_language(model: Llama, tokenizer: Tokenizer, documents: dict[str, list[str]], description: str) -> dict[str, dict]:
+def nll_by_language(model: Llama, tokenizer: Tokenizer, documents: dict[str, list[str]], description: str,
+                    world: World = ALONE) -> dict[str, dict]:  # fmt: skip
     """language -> documents to the figures of every language and their macro-average."""
-    bar = tqdm(documents.items(), desc=description, unit="language", leave=False, disable=None)
-    return with_macro({language: summarise(texts, *documents_nll(model, tokenizer, texts)) for language, texts in bar})
+    hidden = None if world.is_main else True  # None: where there is a terminal to show it on
+    bar = tqdm(documents.items(), desc=description, unit="language", leave=False, disable=hidden)
+    return with_macro({language: summarise(texts, *documents_nll(model, tokenizer, texts, world)) for language, texts in bar})

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from mala.cli import UserError
@@ -86,6 +87,20 @@ class Tokenizer:
         """`encode` for many texts, on all cores."""
         return self.processor.encode(texts, add_bos=bos, num_threads=-1)
 
+    def splits_at_spaces(self) -> bool:
+        """Whether the tokens of a text, its words one space apart, are the tokens of its words.
+
+        So it is in a BPE model that takes text as it is (NormalizerSpec: no precompiled_charsmap, field 2, and a space put
+        before the text and kept, fields 3 and 5), of which no piece holds `▁` after another character.
+        """
+        message = b"".join(value for number, value in message_fields(self.model) if number == 3)
+        normalizer = dict(message_fields(message))
+        is_plain = not normalizer.get(2) and normalizer.get(3, 1) and normalizer.get(5, 1)
+        # USER_DEFINED pieces (type 4, field 3 of a SentencePiece) are cut out before BPE begins, wherever they stand.
+        types = (dict(message_fields(piece)).get(3, 1) for number, piece in message_fields(self.model) if number == 1)
+        is_simple = 4 not in types and not any(WORD_START in piece.lstrip(WORD_START) for piece in self.scores())
+        return self.model_type == "bpe" and bool(is_plain) and is_simple
+
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
 
@@ -100,6 +115,35 @@ class Tokenizer:
         if not all(segments):
             raise UserError(f"{self.name}: drops characters (its normalisation is not LLaMA's), so pieces have no segmentation")
         return segments
+
+
+class WordPacker(dict):
+    """A text's tokens as bytes, `<s>` first; a word's tokens are looked up where it has been seen before.
+
+    This is several times faster than `encode` and the same to the bit: where no piece holds a word start `▁` after another
+    character, BPE merges nothing across words. Where a text or a tokenizer is not so simple, `encode` has its way.
+    dtype: uint16 or uint32, of the tokens, little-endian.
+    """
+
+    MAX_WORDS = 2**19  # about 100 MB
+
+    def __init__(self, tokenizer: Tokenizer, dtype: str):
+        self.tokenizer, self.dtype = tokenizer, np.dtype(dtype).newbyteorder("<")
+        self.bos = np.array([tokenizer.bos_id], self.dtype).tobytes()
+        self.by_words = tokenizer.splits_at_spaces()
+
+    def pack(self, text: str) -> bytes:
+        if not self.by_words or "  " in text or WORD_START in text or text[:1] == " " or text[-1:] == " ":
+            return np.array(self.tokenizer.encode(text, bos=True), self.dtype).tobytes()
+        return self.bos + b"".join(map(self.__getitem__, text.split(" ")))
+
+    def __missing__(self, word: str) -> bytes:
+        if len(self) >= self.MAX_WORDS:
+            self.clear()
+        tokens = np.array(self.tokenizer.encode(word), self.dtype).tobytes()
+        if len(word) < 64:  # a whole line of Thai is a word, too, but not one to come again
+            self[word] = tokens
+        return tokens
 
 
 def message_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from mala.bpe import learn_pieces
 from mala.checkpoint import atomic_file, write_json
 from mala.cli import ArgumentParser, UserError, choose_device, run
-from mala.data import Corpus, language_shares
+from mala.corpus import Corpus, language_shares
 from mala.extend import INITS, extend_checkpoint
 from mala.report import compare, draw, print_report
 from mala.tokenizer import WORD_START, Tokenizer

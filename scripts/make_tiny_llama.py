@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import torch
 from tqdm import trange
 
@@ -21,9 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mala.checkpoint import atomic_directory  # noqa: E402
-from mala.data import Batches, pack, read_documents  # noqa: E402
+from mala.corpus import read_documents  # noqa: E402
+from mala.data import Batches, Stream  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
-from mala.tokenizer import Tokenizer  # noqa: E402
+from mala.tokenizer import Tokenizer, WordPacker  # noqa: E402
 from mala.vocab import count_words, train_pieces  # noqa: E402
 
 SEED, STEPS, BATCH_SIZE, SEQ_LEN, LR, WARMUP = 0, 150, 8, 512, 3e-3, 30
@@ -53,18 +55,19 @@ def main() -> None:
     documents = read_text()
     words = count_words((document, 1) for document in documents)
     tokenizer = Tokenizer(train_pieces(words, VOCAB_SIZE, standalone=True))
-    tokens = pack(tokenizer, documents)
+    packer = WordPacker(tokenizer, "uint16")
+    tokens = np.frombuffer(b"".join(map(packer.pack, documents)), packer.dtype)
     print(f"{len(documents):,} documents, {len(tokens):,} tokens")
 
     model = Llama(LlamaConfig(vocab_size=len(tokenizer), **CONFIG))
     model.init_weights(SEED)
-    batches = Batches({"eng_Latn": (len(documents), tokens)}, SEQ_LEN, BATCH_SIZE, STEPS, alpha=1, seed=SEED)
+    batches = Batches({"eng_Latn": Stream([tokens], len(documents))}, SEQ_LEN, BATCH_SIZE, STEPS, alpha=1, seed=SEED)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in (bar := trange(STEPS)):
         scale = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
         for group in optimizer.param_groups:
             group["lr"] = LR * scale
-        inputs, targets, _ = batches[step]
+        inputs, targets = batches[step]
         loss = model(inputs, targets=targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mala.bpe import joinable, learn_pieces, merge_piece
 from mala.cli import UserError
-from mala.data import Corpus
+from mala.corpus import Corpus
 from mala.report import unreachable
 from mala.tokenizer import Tokenizer
 from mala.vocab import append_pieces, continue_merges, count_words, merge, sample, train_pieces

@@ -1,145 +1,207 @@
-"""mala.data: reading, splitting, packing, and what a step sees."""
+"""mala.data: token files, and what a step sees."""
 
-import gzip
 import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import transformers
+from conftest import ROOT, SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mala.data
 from mala.cli import UserError
-from mala.data import Batches, Corpus, pack, read_documents
+from mala.corpus import Corpus
+from mala.data import Batches, Stream, file_digests, open_streams, read_ahead, tokenise
 from mala.tokenizer import Tokenizer
+from mala.vocab import append_pieces
 
 TOKENIZER = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
-LINES = ["one", "two words", 'a "quoted" line', "ጤና ይስጥልኝ", "tab\tinside", "u\u2028n"]
+LINES = ["one", "two words", 'a "quoted" line', "ጤና ይስጥልኝ", "tab\tinside", "u\u2028n", " two  spaces ", "<s> is text"]
 
 
-def write(path, text, encoding="utf-8"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = text if isinstance(text, bytes) else text.encode(encoding)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+def expected_tokens(documents, tokenizer=TOKENIZER):
+    return [token for text in documents for token in [tokenizer.bos_id, *tokenizer.encode(text)]]
 
 
-def test_every_format_gives_the_same_documents(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    plain = "\n".join(LINES) + "\n"
-    jsonl = "".join(json.dumps({"text": line, "source": "x"}) + "\n" for line in LINES)
-    write(tmp_path / "aaa_Latn.txt", plain)
-    write(tmp_path / "bbb_Latn.txt.gz", plain)
-    write(tmp_path / "ccc_Latn.jsonl", jsonl)
-    write(tmp_path / "ddd_Latn.jsonl.gz", jsonl)
-    write(tmp_path / "eee_Latn.txt", "\ufeff" + plain.replace("\n", "\r\n\r\n"))  # BOM, CRLF, blank lines
-    write(tmp_path / "fff_Latn" / "1.txt", "\n".join(LINES[:3]))  # no newline at the end
-    write(tmp_path / "fff_Latn" / "2.jsonl", "".join(jsonl.splitlines(keepends=True)[3:]))
-    table = pa.table({"text": LINES})
-    (tmp_path / "ggg_Latn").mkdir()
-    pq.write_table(table, tmp_path / "ggg_Latn" / "part.parquet")
-    (tmp_path / "hhh_Latn").mkdir()
-    with pa.ipc.new_stream(str(tmp_path / "hhh_Latn" / "data-00000-of-00001.arrow"), table.schema) as stream:
-        stream.write_table(table)
-    (tmp_path / "README.md").write_text("no corpus")
-    corpus = Corpus(tmp_path, held_out=0)
-    assert corpus.languages == [f"{c * 3}_Latn" for c in "abcdefgh"]
-    assert all(documents == LINES for documents in corpus.load("train").values())
+def write_corpus(root, **languages):
+    root.mkdir(exist_ok=True)
+    for language, documents in languages.items():
+        (root / f"{language}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
-def test_tsv_layouts(tmp_path):
-    write(tmp_path / "swh_Latn" / "train.tsv", 'index_id\tcategory\ttext\n7\ttravel\tHe said "go\n')
-    write(tmp_path / "swh_Latn" / "test.tsv", "index_id\tcategory\ttext\n8\ttravel\tx\n\n9\thealth\ty\n\n")
-    write(tmp_path / "swh_Latn" / "README.txt", "no document")
-    write(tmp_path / "eng_Latn" / "eng_Latn_train.tsv", "40001001\tFaith\tIn the morning\n")
-    corpus = Corpus(tmp_path)
-    assert corpus.load("train") == {"eng_Latn": ["In the morning"], "swh_Latn": ['He said "go']}
-    assert corpus.load("test") == {"swh_Latn": ["x", "y"]}
-    write(tmp_path / "swh_Latn" / "test.tsv", "index_id\tcategory\ttext\n8\ttravel\n")
-    with pytest.raises(UserError, match=r"test\.tsv: line 2 has 2 columns, expected 3"):
-        corpus.load("test")
+def make(root, folder, held_out=0.0, tokenizer=TOKENIZER, **more):
+    corpus = Corpus(root, held_out=held_out, **more)
+    tokenise(corpus, tokenizer, file_digests([file for files in corpus.files.values() for file in files], {}), folder)
+    return open_streams(corpus, folder, tokenizer.bos_id)
 
 
-def test_split_files_of_the_hub(tmp_path):
-    for split in ("train", "validation", "test"):
-        for shard in "01":
-            write(tmp_path / "swh_Latn" / f"{split}-0000{shard}-of-00002.jsonl", json.dumps({"text": split + shard}))
-    corpus = Corpus(tmp_path)
-    assert {s: list(corpus.documents("swh_Latn", s)) for s in ("train", "dev", "test")} == {
-        "train": ["train0", "train1"], "dev": ["validation0", "validation1"], "test": ["test0", "test1"]}  # fmt: skip
-    write(tmp_path / "swh_Latn" / "more.txt", "of no split")
-    with pytest.raises(UserError, match=r"more\.txt: of no split"):
-        corpus = Corpus(tmp_path).load("train")
+def all_of(stream):
+    return stream.take(0, len(stream)).tolist()
 
 
-@given(n=st.integers(0, 50), held_out=st.floats(0, 1), most=st.integers(0, 30))
-@settings(deadline=None)
-def test_the_splits_are_the_document_in_order(n, held_out, most, tmp_path_factory):
-    root = tmp_path_factory.mktemp("corpus")
-    write(root / "swh_Latn.txt", "".join(f"{i}\n" for i in range(n)))
-    corpus = Corpus(root, held_out=held_out, max_held_out=most)
-    train, test = (list(corpus.documents("swh_Latn", split)) for split in ("train", "test"))
-    assert train + test == [str(i) for i in range(n)]
-    assert len(test) == n if held_out == 1 else len(test) <= most and len(test) <= held_out * n
+def test_token_files_hold_every_document_after_bos_in_order(tmp_path):
+    write_corpus(tmp_path / "corpus", swh_Latn=LINES, amh_Ethi=LINES[::-1] * 3, eng_Latn=["blank", " ", ""])
+    shutil.copytree(tmp_path / "corpus", tmp_path / "deu_Latn")
+    (tmp_path / "deu_Latn").rename(tmp_path / "corpus/deu_Latn")  # a language of several files
+    streams = make(tmp_path / "corpus", tmp_path / "tokens")
+    assert {language: stream.documents for language, stream in streams.items()} == {
+        "amh_Ethi": 24, "deu_Latn": 33, "eng_Latn": 1, "swh_Latn": 8}  # fmt: skip
+    assert all_of(streams["swh_Latn"]) == expected_tokens(LINES)
+    assert all_of(streams["deu_Latn"]) == expected_tokens([*LINES[::-1] * 3, "blank", *LINES])
+    assert (tmp_path / "tokens/swh_Latn.0.bin").read_bytes() == np.array(expected_tokens(LINES), "<u2").tobytes()
+    with open(tmp_path / "tokens/index.json") as index:
+        assert json.load(index)["dtype"] == "uint16"
 
 
-BAD = {
-    "no folder": ({}, r"corpus: there is no such folder"),
-    "nothing in it": ({"README.md": ""}, r"corpus: no corpus"),
-    "only blank": ({"swh_Latn.txt": "\n \n"}, r"corpus: the corpus is empty"),
-    "bytes": ({"swh_Latn.txt": b"good\nalso\nbad \xff\n"}, r"swh_Latn\.txt: line 3 is not UTF-8 \(byte 0xff at column 5\)"),
-    "bytes after BOM": ({"swh_Latn.txt": b"\xef\xbb\xbfab\xff\n"}, r"line 1 is not UTF-8 \(byte 0xff at column 6\)"),
-    "half a surrogate": ({"swh_Latn.jsonl": '{"text": "\\ud800"}\n'}, r"swh_Latn\.jsonl: line 1 is not a JSON object"),
-    "bytes in gzip": ({"swh_Latn.txt.gz": b"\xff\n"}, r"swh_Latn\.txt\.gz: line 1 is not UTF-8"),
-    "no text": ({"swh_Latn.jsonl": '{"text": "a"}\n{"txt": "b"}\n'}, r"swh_Latn\.jsonl: line 2 is not a JSON object"),
-    "text is a number": ({"swh_Latn.jsonl": '{"text": 1}\n'}, r"line 1 is not a JSON object with a string"),
-    "a number of thousands of digits": ({"swh_Latn.jsonl": '{"text": ' + "1" * 6000 + "}\n"}, r"line 1 is not a JSON object"),
-    "nested too deeply": ({"swh_Latn.jsonl": "[" * 100_000 + "\n"}, r"line 1 is not a JSON object"),
-    "twice": ({"swh_Latn.txt": "a\n", "swh_Latn.jsonl": '{"text": "a"}\n'}, r"swh_Latn has two entries"),
-}  # fmt: skip
+@needs_shared
+def test_blocks_are_those_of_mala_500s_grouping(tmp_path):
+    """The oracle is run_clm.py's group_texts over transformers' tokenizer, which MaLA-500 was packed with."""
+    lines = (SHARED / "bible/amu_Latn.txt").read_text().splitlines()[:400]
+    write_corpus(tmp_path / "corpus", amu_Latn=lines)
+    tokenizer = Tokenizer.from_pretrained(SHARED / "llama2")
+    stream = make(tmp_path / "corpus", tmp_path / "tokens", tokenizer=tokenizer)["amu_Latn"]
+    theirs = transformers.LlamaTokenizer.from_pretrained(SHARED / "llama2", legacy=True, add_bos_token=True)
+    together = sum(theirs(lines)["input_ids"], [])
+    assert len(together) == len(stream)
+    batches = Batches({"amu_Latn": stream}, seq_len=256, batch_size=1, steps=3 * (len(together) // 256), alpha=0.3, seed=0)
+    blocks = {int(block): batches[step][0][0].tolist() for step, block in enumerate(batches.block_of_row)}
+    for block in range(len(together) // 256):
+        assert blocks[block] == together[256 * block : 256 * (block + 1)]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_corpus_is_one_sentence(case, tmp_path):
-    files, message = BAD[case]
-    for name, content in files.items():
-        write(tmp_path / "corpus" / name, content)
-    with pytest.raises(UserError, match=message) as caught:
-        Corpus(tmp_path / "corpus", held_out=0).load("train")
-    assert "\n" not in str(caught.value)
+def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
+    done = []
+    original = mala.data._tokenise_file
+    monkeypatch.setattr(mala.data, "_tokenise_file", lambda *args: (done.append(args[0].stem), original(*args))[1])
+    corpus, tokens = tmp_path / "corpus", tmp_path / "tokens"
+    write_corpus(corpus, swh_Latn=LINES, amh_Ethi=LINES, eng_Latn=LINES)
+
+    def again(**more):
+        done.clear()
+        streams = make(corpus, tokens, **more)
+        return sorted(done), streams
+
+    assert again()[0] == ["amh_Ethi", "eng_Latn", "swh_Latn"]
+    assert again()[0] == []
+    (corpus / "swh_Latn.jsonl").touch()  # another time, the same text
+    assert again(held_out=0.5)[0] == []  # what is held out is decided when the files are opened
+    write_corpus(corpus, swh_Latn=LINES[:-1] + ["<s> is TEXT"])  # the same number of bytes
+    names, streams = again()
+    assert names == ["swh_Latn"] and all_of(streams["swh_Latn"]) == expected_tokens(LINES[:-1] + ["<s> is TEXT"])
+    (tokens / "eng_Latn.0.bin").write_bytes((tokens / "eng_Latn.0.bin").read_bytes()[:-2])  # truncated
+    assert again()[0] == ["eng_Latn"]
+    (corpus / "amh_Ethi.jsonl").unlink()
+    assert again()[0] == [] and not (tokens / "amh_Ethi.0.bin").exists()
+    other = Tokenizer(append_pieces(TOKENIZER, {"two▁": -9999.0}), "other")
+    names, streams = again(tokenizer=other)
+    assert names == ["eng_Latn", "swh_Latn"]
 
 
-def test_damaged_gzip_and_unknown_names(tmp_path, capsys):
-    write(tmp_path / "swh_Latn.txt.gz", "text\n" * 1000)
-    whole = (tmp_path / "swh_Latn.txt.gz").read_bytes()
-    (tmp_path / "swh_Latn.txt.gz").write_bytes(whole[:-10])
-    with pytest.raises(UserError, match=r"swh_Latn\.txt\.gz: damaged gzip file"):
-        list(read_documents(tmp_path / "swh_Latn.txt.gz"))
-    (tmp_path / "swh_Latn.txt.gz").write_bytes(whole[:20] + b"\xff\xff" + whole[22:])
-    with pytest.raises(UserError, match=r"swh_Latn\.txt\.gz: damaged gzip file"):
-        list(read_documents(tmp_path / "swh_Latn.txt.gz"))
-    write(tmp_path / "swahili.txt", "text\n")
-    with pytest.raises(UserError, match=r"there is no language 'eng_Latn'; it holds swh_Latn"):
-        Corpus(tmp_path, languages=("eng_Latn",))
-    assert "skipped swahili.txt" in capsys.readouterr().err
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    write_corpus(tmp_path / "corpus", **{f"{letter * 3}_Latn": LINES for letter in "abcdef"})
+    original, done = mala.data._tokenise_file, []
+
+    def dies(source, target, packer):
+        done.append(source.stem)
+        if len(done) == 4:
+            target.with_name(f".{target.name}.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return original(source, target, packer)
+
+    monkeypatch.setattr(mala.data, "_tokenise_file", dies)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "corpus", tmp_path / "tokens")
+    streams = make(tmp_path / "corpus", tmp_path / "tokens")
+    assert len(done) == 7 and len(set(done)) == 6  # the fourth twice, all others once
+    assert all(all_of(stream) == expected_tokens(LINES) for stream in streams.values()) and len(streams) == 6
 
 
-def test_packing_is_a_row_of_documents_each_after_bos():
-    tokens = pack(TOKENIZER, LINES)
-    assert tokens.dtype == np.uint32
-    expected = [token for line in LINES for token in [TOKENIZER.bos_id, *TOKENIZER.encode(line)]]
-    assert tokens.tolist() == expected
+def test_many_processes_make_the_same_files(tmp_path, monkeypatch):
+    write_corpus(tmp_path / "corpus", swh_Latn=LINES * 50, amh_Ethi=LINES[::-1] * 20, eng_Latn=LINES)
+    make(tmp_path / "corpus", tmp_path / "alone")
+    monkeypatch.setattr(mala.data, "POOL_BYTES", 0)
+    make(tmp_path / "corpus", tmp_path / "pool")
+    for file in sorted((tmp_path / "alone").iterdir()):
+        assert file.read_bytes() == (tmp_path / "pool" / file.name).read_bytes()
+    (tmp_path / "corpus/swh_Latn.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (tmp_path / "corpus/eng_Latn.jsonl").write_text('{"text": "other"}\n')
+    with pytest.raises(UserError, match=r"swh_Latn.jsonl: line 2 is not a JSON object"):
+        make(tmp_path / "corpus", tmp_path / "pool")
+
+
+def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
+    fifos = [tmp_path / "a", tmp_path / "b"]
+    for fifo in fifos:
+        os.mkfifo(fifo)  # a worker that opens it waits for ever
+
+    def kill():
+        while not multiprocessing.active_children():
+            time.sleep(0.1)
+        time.sleep(1)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    threading.Thread(target=kill).start()
+    jobs = [("aaa_Latn", fifo, {"file": f"{fifo.name}.bin"}) for fifo in fifos]
+    with pytest.raises(UserError, match="a process that tokenised was killed"):
+        list(mala.data._in_parallel(jobs, mala.data.POOL_BYTES, tmp_path, TOKENIZER, "uint16"))
+
+
+def test_digests_follow_the_content_and_are_read_once(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_text("content")
+    first = file_digests([file], {})
+    known = {str(file.resolve()): [*first[str(file.resolve())][:2], "kept"]}
+    assert file_digests([file], known) == known  # same size and time: not read
+    os.utime(file, ns=(1, 1))
+    assert file_digests([file], known)[str(file.resolve())][2] == first[str(file.resolve())][2]
+    file.write_text("CONTENT")
+    assert file_digests([file], first)[str(file.resolve())][2] != first[str(file.resolve())][2]
+
+
+@given(lengths=st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=4), data=st.data())
+@settings(deadline=None, max_examples=200)
+def test_without_last_is_the_stream_cut_at_a_document(lengths, data):
+    """lengths: of the documents (without their <s>) of every part."""
+    documents = [length for part in lengths for length in part]
+    if not documents:
+        return
+    dropped = data.draw(st.integers(0, len(documents) - 1))
+    parts = [
+        np.array([token for length in part for token in [1, *range(2, 2 + length)]], np.uint16) for part in lengths if part
+    ]
+    whole = np.concatenate(parts)
+    kept = sum(length + 1 for length in documents[: len(documents) - dropped])
+    stream = Stream(parts, len(documents)).without_last(dropped, bos_id=1)
+    assert all_of(stream) == whole[:kept].tolist() and stream.documents == len(documents) - dropped
+    start, count = data.draw(st.integers(0, 2 * kept)), data.draw(st.integers(1, 3 * kept))
+    assert stream.take(start, count).tolist() == whole[:kept].take(range(start, start + count), mode="wrap").tolist()
+
+
+def test_without_last_searches_far(tmp_path):
+    tokens = np.full(300_000, 5, np.uint16)
+    tokens[[0, 10, 100_000, 299_999]] = 1
+    for dropped, left in [(0, 300_000), (1, 299_999), (2, 100_000), (3, 10)]:
+        assert len(Stream([tokens], 4).without_last(dropped, 1)) == left
 
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=5)
 
 
-def make(sizes, **changes):
+def make_batches(sizes, **changes):
     streams, first = {}, 0
     for i, (documents, tokens) in enumerate(sizes):
-        streams[f"{chr(97 + i) * 3}_Latn"] = (documents, np.arange(first, first + tokens, dtype=np.uint32))
+        middle = tokens // 3  # in two files, the first maybe empty
+        ids = np.arange(first, first + tokens, dtype=np.uint32)
+        streams[f"{chr(97 + i) * 3}_Latn"] = Stream([part for part in (ids[:middle], ids[middle:]) if len(part)], documents)
         first += tokens
     return streams, Batches(streams, **{**dict(seq_len=16, batch_size=4, steps=200, alpha=0.3, seed=0), **changes})
 
@@ -148,39 +210,56 @@ def make(sizes, **changes):
 @settings(deadline=None, max_examples=30)
 def test_blocks_are_the_grouping_of_the_stream_and_leave_no_token_out(sizes, seq_len, seed):
     """MaLA-500 cuts the stream into blocks of seq_len: ours are those blocks; the last is filled from the beginning."""
-    streams, batches = make(sizes, seq_len=seq_len, seed=seed)
+    streams, batches = make_batches(sizes, seq_len=seq_len, seed=seed)
     for step in range(20):
-        inputs, targets, languages = batches[step]
+        inputs, targets = batches[step]
         assert inputs.shape == targets.shape == (4, seq_len) and inputs.dtype == targets.dtype == torch.int64
-        for row, language in enumerate(languages):
-            stream = streams[language][1].astype(np.int64)
+        for row, language in enumerate(batches.languages_of(step)):
+            stream = np.array(all_of(streams[language]))
             block, odd = divmod(inputs[row, 0].item() - stream[0], seq_len)
             assert odd == 0
             ring = np.resize(np.roll(stream, -block * seq_len), seq_len + 1)
             assert inputs[row].tolist() == ring[:-1].tolist() and targets[row].tolist() == ring[1:].tolist()
     for index, language in enumerate(batches.languages):  # each time round, every block once
         seen = batches.block_of_row[batches.language_of_row == index]
-        blocks = -(-len(streams[language][1]) // seq_len)
+        blocks = -(-len(streams[language]) // seq_len)
         for start in range(0, len(seen) - blocks + 1, blocks):
             assert sorted(seen[start : start + blocks]) == list(range(blocks))
 
 
-def test_a_step_depends_on_seed_and_step_alone():
+def test_a_step_depends_on_seed_step_and_rank_alone():
     sizes = [(10, 500), (1000, 5000), (3, 40)]
-    _, batches = make(sizes)
-    _, longer = make(sizes, steps=300)
-    _, other = make(sizes, seed=1)
+    _, batches = make_batches(sizes)
+    _, longer = make_batches(sizes, steps=300)
+    _, other = make_batches(sizes, seed=1)
     in_order = [batches[step] for step in range(200)]
     for step in (150, 3, 77):
         assert torch.equal(batches[step][0], in_order[step][0]) and torch.equal(longer[step][0], in_order[step][0])
+        for processes in (1, 2, 4):  # together they see what one would see
+            shares = [batches.share(step, rank, processes) for rank in range(processes)]
+            for whole, parts in zip(batches[step], zip(*shares)):
+                assert torch.equal(whole, torch.cat(parts))
     assert any(not torch.equal(other[step][0], in_order[step][0]) for step in range(5))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_languages_are_drawn_by_n_to_the_alpha(alpha):
     sizes = [(10, 500), (1000, 5000), (100, 40)]
-    _, batches = make(sizes, alpha=alpha, steps=5000)
+    _, batches = make_batches(sizes, alpha=alpha, steps=5000)
     expected = np.array([10, 1000, 100]) ** alpha
     expected /= expected.sum()
     drawn = np.bincount(batches.language_of_row, minlength=3) / 20_000
     assert np.all(np.abs(drawn - expected) < 4 * np.sqrt(expected * (1 - expected) / 20_000))
+
+
+def test_read_ahead_keeps_the_order_and_passes_errors_on():
+    read = []
+    steps = read_ahead(lambda step: read.append(step) or step * step, range(3, 10))
+    assert next(steps) == 9
+    deadline = time.monotonic() + 10
+    while len(read) < 1 + mala.data.PREFETCH and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert read == [3, 4, 5]  # ahead, but not without end
+    assert list(steps) == [step * step for step in range(4, 10)]
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead(lambda step: 1 // (5 - step), range(10)))

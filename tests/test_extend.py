@@ -13,7 +13,7 @@ from conftest import ROOT, tiny_config
 import mala.extend
 from mala.checkpoint import INDEX, read_weights, write_json, write_weights
 from mala.cli import UserError
-from mala.data import Corpus
+from mala.corpus import Corpus
 from mala.extend import INITS, count_tokens, extend_checkpoint, extend_model, extended_matrix, save_extended
 from mala.model import Llama
 from mala.scoring import nll_by_language

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mala.checkpoint import write_json
 from mala.cli import UserError
-from mala.data import Corpus
+from mala.corpus import Corpus
 from mala.report import compare, draw, measure, print_report, unreachable
 from mala.tokenizer import Tokenizer
 from mala.vocab import append_pieces, count_words, merge, sample, train_pieces

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mala import scoring
-from mala.data import Corpus
+from mala.corpus import Corpus
 from mala.model import Llama
 from mala.scoring import documents_nll, nll_by_language, windows
 from mala.tokenizer import Tokenizer

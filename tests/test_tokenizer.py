@@ -1,12 +1,14 @@
 """mala.tokenizer: a wrapper, so few tests; the oracle is transformers' LlamaTokenizer."""
 
+import numpy as np
 import pytest
 from conftest import ROOT, SHARED, needs_shared
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mala.cli import UserError
-from mala.tokenizer import Tokenizer, message_fields
+from mala.tokenizer import Tokenizer, WordPacker, message_fields
+from mala.vocab import append_pieces, count_words, train_pieces
 
 TINY = ROOT / "assets/tiny-llama"
 
@@ -71,3 +73,42 @@ def test_errors_name_the_file(tmp_path):
             Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="2,048 pieces, but the model has 2,000 rows"):
         Tokenizer.from_pretrained(TINY).check_fits(2000)
+
+
+PLAIN = Tokenizer.from_pretrained(TINY)
+
+
+def packed(tokenizer, texts, dtype="uint32"):
+    packer = WordPacker(tokenizer, dtype)
+    return [np.frombuffer(packer.pack(text), dtype).tolist() for text in texts * 2], packer  # the second time from memory
+
+
+@given(st.lists(st.text(st.sampled_from("abc ▁  \tนี้ጤ😀\u00a0<s>eéE"), max_size=30) | st.text(max_size=20), max_size=5))
+@settings(deadline=None, max_examples=300)
+def test_packing_word_by_word_is_encoding_the_text(texts):
+    ids, packer = packed(PLAIN, texts)
+    assert packer.by_words and ids == [PLAIN.encode(text, bos=True) for text in texts * 2]
+
+
+@needs_shared
+def test_packing_word_by_word_on_real_text():
+    official = Tokenizer.from_pretrained(SHARED / "llama2")
+    for file in sorted((SHARED / "udhr").glob("*.txt"))[::6]:
+        texts = file.read_text().splitlines()
+        ids, packer = packed(official, texts, "uint16")
+        assert packer.by_words and ids == official.encode_batch(texts * 2, bos=True)
+
+
+def test_a_tokenizer_that_is_not_so_simple_encodes_whole_texts(monkeypatch):
+    words = count_words([("a b c ab bc abc a bb cc " * 50, 1)])
+    texts = ["a b", "ab ab  a", "ａ ｂ", "a\u3000b", "<x> a"]
+    learnt = Tokenizer(train_pieces(words, 19, published=True), "published")  # normalises by nmt_nfkc
+    user_defined = Tokenizer(PLAIN.model + b"\x0a\x09\x0a\x05a\xe2\x96\x81b\x18\x04", "user defined")
+    inner = Tokenizer(append_pieces(PLAIN, {"a▁": 0.0}), "inner")
+    for tokenizer in (learnt, user_defined, inner):
+        ids, packer = packed(tokenizer, texts)
+        assert not packer.by_words and ids == [tokenizer.encode(text, bos=True) for text in texts * 2], tokenizer.name
+    assert user_defined.encode("a b") != PLAIN.encode("a b") and inner.encode("a b") != PLAIN.encode("a b")
+    monkeypatch.setattr(WordPacker, "MAX_WORDS", 3)
+    ids, packer = packed(PLAIN, ["one two three four five", "x" * 100])
+    assert len(packer) <= 3 and ids[0] == PLAIN.encode("one two three four five", bos=True)

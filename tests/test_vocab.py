@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as pb2
 
-import mala.data
+import mala.corpus
 import mala.vocab
 from mala.cli import UserError
-from mala.data import Corpus
+from mala.corpus import Corpus
 from mala.model import Llama
 from mala.tokenizer import Tokenizer
 from mala.vocab import continue_merges, count_words, main, merge, sample, train_pieces
@@ -204,7 +204,7 @@ def test_sampling_reads_a_document_once_and_only_when_its_turn_comes(tmp_path, m
     documents = Corpus(tmp_path, held_out=0).stream("train")
     assert {language: len(texts) for language, texts in documents.items()} == {"aaa_Latn": 1000, "bbb_Latn": 10}
     reads = []
-    monkeypatch.setattr(mala.data, "read_documents", lambda file: (reads.append(text) or text for text in "xyz" * 400))
+    monkeypatch.setattr(mala.corpus, "read_documents", lambda file: (reads.append(text) or text for text in "xyz" * 400))
     drawn = sample(documents, 0.3, 0)
     next(drawn)
     assert len(reads) < 100  # not the file: the next document

@@ -1,0 +1,165 @@
+"""What a run shows as it goes: a progress bar, metrics.jsonl, TensorBoard if asked for, and at the end two pictures.
+
+metrics.jsonl holds one JSON object per logged step: `step`, `tokens` (seen so far), `loss` (nats a token, the mean since the
+line before), `lr`, `grad_norm`, `tokens_per_second`, `waiting` (the share of the time in which the model waited for data),
+`peak_memory_gb`, on known GPUs `mfu`, and where held-out text was measured `nll_per_document` (nats, the macro-average) and
+`languages`, language -> nats a document.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mala.checkpoint import atomic_file, atomic_path, read_json
+from mala.cli import UserError
+
+
+class RunLog:
+    """Only the main process writes; the others keep the same state, which goes into every checkpoint.
+
+    steps, tokens_a_step: of the whole run. flops: of a step. peak_flops: of all devices per second, if known.
+    """
+
+    def __init__(self, out: Path, state: dict[str, Any], steps: int, tokens_a_step: int, flops: int, peak_flops: float | None,
+                 device: str, is_main: bool, tensorboard: bool):  # fmt: skip
+        self.state = {"logged_step": 0, "loss": 0.0, **state}  # the loss is summed up from one line to the next
+        self.first_step = self.timed_from = state.get("step", 0)
+        self.tokens_a_step, self.flops, self.peak_flops, self.device = tokens_a_step, flops, peak_flops, device
+        self.time, self.waited = time.perf_counter(), 0.0
+        self.file = self.tensorboard = None
+        self.bar = tqdm(total=steps, initial=self.first_step, desc="training", unit="step", disable=None if is_main else True)
+        if is_main:
+            rewind(out / "metrics.jsonl", self.first_step)
+            self.file = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+            self.tensorboard = summary_writer(out / "tensorboard", self.first_step) if tensorboard else None
+
+    def add(self, loss: float, waited: float) -> None:
+        """After every step: its loss, and the seconds that it waited for data."""
+        self.state["loss"] += loss
+        self.waited += waited
+        self.bar.update()
+
+    def write(self, step: int, nll: dict[str, dict] | None = None, **figures: float) -> None:
+        """A line of metrics.jsonl, for the steps since the last one. nll: of held-out text, if it was measured."""
+        seconds = time.perf_counter() - self.time
+        speed = (step - self.timed_from) * self.tokens_a_step / seconds
+        line = {"step": step, "tokens": step * self.tokens_a_step,
+                "loss": self.state["loss"] / (step - self.state["logged_step"]), **figures, "tokens_per_second": speed,
+                "waiting": self.waited / seconds, "peak_memory_gb": peak_memory(self.device) / 1e9}  # fmt: skip
+        if self.peak_flops:
+            line["mfu"] = speed / self.tokens_a_step * self.flops / self.peak_flops
+        if nll:
+            line["nll_per_document"] = nll["macro"]["nll_per_document"]
+            line["languages"] = {language: scores["nll_per_document"] for language, scores in nll["languages"].items()}
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+        if self.tensorboard:
+            for name, value in [*line.items(), *((f"nll/{key}", value) for key, value in line.get("languages", {}).items())]:
+                if name not in ("step", "languages"):
+                    self.tensorboard.add_scalar(name, value, step)
+        self.bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_second=f"{speed:,.0f}")
+        self.state |= {"logged_step": step, "loss": 0.0}
+        self.time, self.timed_from, self.waited = time.perf_counter(), step, 0.0
+
+    def flush(self) -> None:
+        """To the disk itself: a checkpoint must not be there without the lines before it."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+def rewind(metrics: Path, step: int) -> None:
+    """Take away the lines after `step`, which a killed run wrote after its last checkpoint, the last maybe by half."""
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines() if step else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with atomic_file(metrics) as file:
+        file.writelines(kept)
+
+
+def summary_writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard takes the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def peak_memory(device: str) -> int:
+    """In bytes: of the GPU where there is one, else the resident memory of the process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows, which no other part needs to know
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def draw_run(out: Path) -> None:
+    """loss.png, the loss as training went, and nll.png, the NLL of every language before and after, where matplotlib is."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return
+    matplotlib.use("Agg")  # to files: no window
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1.5)
+    axis.set_xlabel("step")
+    axis.set_ylabel("training loss, nats a token")
+    axis.grid(alpha=0.3)
+    measured = [line for line in lines if "nll_per_document" in line]
+    if measured:
+        right = axis.twinx()
+        right.plot(
+            [line["step"] for line in measured], [line["nll_per_document"] for line in measured], "o--", color="tab:orange"
+        )
+        right.set_ylabel("held-out NLL, nats a document, mean of the languages", color="tab:orange")
+    _save(figure, out / "loss.png")
+
+    nll = read_json(out / "nll.json")
+    before, after = nll["before"]["languages"], nll["after"]["languages"]
+    languages = sorted(before, key=lambda language: after[language]["nll_per_document"])
+    named = len(languages) <= 120  # names of more could not be read
+    figure, axis = plt.subplots(figsize=(min(max(4.0, len(languages) * 0.16), 16), 4.5))
+    for x, language in enumerate(languages):
+        ends = [scores[language]["nll_per_document"] for scores in (before, after)]
+        axis.plot([x, x], ends, color="tab:green" if ends[1] < ends[0] else "tab:red", linewidth=1, alpha=0.6)
+        axis.plot(x, ends[0], "o", color="black", markerfacecolor="white", markersize=4)
+        axis.plot(x, ends[1], "o", color="tab:green" if ends[1] < ends[0] else "tab:red", markersize=4)
+    axis.set_yscale("log")
+    axis.set_ylabel("held-out NLL, nats a document")
+    axis.set_xlim(-1, len(languages))
+    axis.set_xticks(range(len(languages)) if named else [], languages if named else [], rotation=90, fontsize=7)
+    axis.set_xlabel("" if named else f"{len(languages)} languages")
+    axis.set_title("before (hollow) and after; red: worse", fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    _save(figure, out / "nll.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)

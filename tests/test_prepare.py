@@ -1,0 +1,264 @@
+"""mala.prepare, mala.log and the checkpoints: what is left of a run that was disturbed. train.py runs in this process."""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from kill import TIMED, outcome, survive
+
+import mala.checkpoint
+import mala.prepare
+
+SHORT = ["--steps", "6", "--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "500", "--seq-len", "32", "--batch-size", "4",
+         "--warmup-steps", "2", "--log-every", "2", "--save-every", "2", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """train.py in this process: its output, or the sentence with which it gave up."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as exit:
+            assert isinstance(exit.code, str) and exit.code.startswith("error: ") and "\n" not in exit.code
+            capsys.readouterr()
+            return exit.code
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run's folder, to be copied."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    subprocess.run([sys.executable, ROOT / "train.py", *SHORT, "--out", out], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture
+def out(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "out")
+
+
+def unfinish(out, step=6):
+    """As if it had been killed after a checkpoint."""
+    before = json.loads((out / "nll.json").read_text())["before"]
+    (out / "nll.json").write_text(json.dumps({"before": before}))
+    shutil.rmtree(out / "adapter")
+    for later in range(step + 2, 7, 2):
+        shutil.rmtree(out / f"checkpoints/step-{later}", ignore_errors=True)
+
+
+def test_a_finished_run_says_so_and_stays(out, train):
+    files = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
+    message = train(*SHORT, "--out", out)
+    assert "this run is finished" in message and "held-out NLL" in message
+    changed = {file.name for file, time in files.items() if not file.exists() or file.stat().st_mtime_ns != time}
+    assert changed <= {"run.json", "index.json"}  # written again, the same
+    shutil.rmtree(out / "checkpoints")
+    assert "this run is finished" in train(*SHORT, "--out", out)
+    message = train(*SHORT, "--seed", 5, "--out", out)
+    assert "run.json: the earlier run had seed 0, this one has 5; name another --out, or start over with --resume" in message
+
+
+def test_a_checkpoint_is_an_adapter_and_knows_its_step(out):
+    state = mala.checkpoint.read_state(out / "checkpoints/step-4")
+    assert state["step"] == 4 and state["logged_step"] == 4 and state["identity"]["seq_len"] == 32
+    assert {file.name for file in (out / "checkpoints/step-6").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "tokenizer.model", "training_state.json"
+    }  # fmt: skip
+    last = out / "checkpoints/step-6/adapter_model.safetensors"
+    assert last.read_bytes() == (out / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_it_goes_on_with_the_same_bits_from_any_checkpoint(whole, out, train):
+    unfinish(out, 4)
+    with open(out / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 6, "loss": 1.0}\n{"step": 8, "lo')  # what a killed run wrote after its last checkpoint
+    message = train(*SHORT, "--out", out)
+    assert "step-4: going on after step 4 of 6" in message
+    assert outcome(out, 6) == outcome(whole, 6)
+    message = train(*SHORT, "--out", out, "--resume", out / "checkpoints/step-4")  # back to an earlier one, a finished run
+    assert "going on after step 4 of 6" in message and outcome(out, 6) == outcome(whole, 6)
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole, out, train):
+    unfinish(out)
+    file = out / "checkpoints/step-6/optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    message = train(*SHORT, "--out", out)
+    assert "step-6: passed over, the checkpoint before it is taken" in message and "going on after step 4" in message
+    assert outcome(out, 6) == outcome(whole, 6)
+    (out / "checkpoints/step-6/training_state.json").unlink()
+    assert "step-6/training_state.json: there is no such file" in train(
+        *SHORT, "--resume", out / "checkpoints/step-6", "--out", out
+    )
+    assert "nowhere/adapter_model.safetensors: missing or damaged" in train(*SHORT, "--resume", out / "nowhere", "--out", out)
+
+
+def test_another_run_is_not_continued(out, train, tmp_path):
+    unfinish(out, 4)
+    data = shutil.copytree(ROOT / "assets/demo/sib200", tmp_path / "data")
+    shutil.copytree(ROOT / "assets/tiny-llama", tmp_path / "model")
+    for args, message in [
+        (["--seed", 1], "training_state.json: the earlier run had seed 0, this one has 1"),
+        (["--batch-size", 8], "the earlier run had batch_size 4, this one has 8"),
+        (["--langs", "swh_Latn"], "other data than"),
+    ]:
+        refused = train(*SHORT, *args, "--out", out)
+        assert message in refused and "name another --out, or start over with --resume never" in refused
+    assert "going on after step 4" in train(*SHORT, "--data", data, "--out", out)  # a copy is the same corpus
+    unfinish(out, 4)
+    rows = (data / "swh_Latn/train.tsv").read_text()
+    (data / "swh_Latn/train.tsv").write_text(rows.replace("a", "e", 1))
+    assert f"was trained on other data than {data} holds now" in train(*SHORT, "--data", data, "--out", out)
+    config = (tmp_path / "model/config.json").read_text()
+    (tmp_path / "model/config.json").write_text(config.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
+    refused = train(*SHORT, "--model", tmp_path / "model", "--out", out)
+    assert f"began from another checkpoint than {tmp_path / 'model'} is now" in refused
+    assert (out / "checkpoints/step-4").is_dir()
+    assert "6 steps" in train(*SHORT, "--data", data, "--out", out, "--resume", "never")
+
+
+def test_the_learning_rate_may_change_on_the_way_and_steps_be_added(out, train):
+    message = train(*SHORT, "--steps", 8, "--lr", "1e-4", "--keep", 1, "--out", out)
+    assert "going on after step 6 of 8" in message and "this run is finished" not in message
+    assert [path.name for path in mala.checkpoint.checkpoints(out / "checkpoints")] == ["step-8"]
+
+
+def test_what_was_prepared_is_not_made_again(out, train, monkeypatch):
+    unfinish(out, 4)
+    original = mala.prepare.train_pieces
+    monkeypatch.setattr(mala.prepare, "train_pieces", lambda *args: pytest.fail("learnt again"))
+    assert "going on" in train(*SHORT, "--out", out)
+    monkeypatch.setattr(mala.prepare, "train_pieces", original)
+    unfinish(out, 4)
+    shutil.rmtree(out / "base")
+    assert "going on after step 4" in train(*SHORT, "--out", out) and (out / "base").is_dir()
+
+
+def test_a_run_of_the_first_version_is_replaced(out, train):
+    for name in ("run.json", "checkpoints", "held_out", "tokens"):
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    assert "6 steps" in train(*SHORT, "--out", out)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 18 MB: enough for two checkpoints beside what was prepared, not for a third."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=18m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_and_one_that_cannot_be_written(whole, small_disk, train):
+    out = small_disk / "out"
+    message = train(*SHORT, "--out", out)
+    assert "checkpoints" in message and "make room or name another folder" in message and "No space left" in message
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-2", "step-4"]  # and no half of another
+    mala.checkpoint.check_whole(out / "checkpoints/step-4")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    message = train(*SHORT, "--out", out)
+    assert str(out) in message and "Read-only file system" in message
+    message = train(*SHORT, "--out", small_disk / "other")
+    assert str(small_disk / "other") in message and "Read-only file system" in message
+    subprocess.run(["mount", "-o", "remount,rw,size=64m", str(small_disk)], check=True)
+    assert "going on after step 4 of 6" in train(*SHORT, "--out", out)
+    assert outcome(out, 6) == outcome(whole, 6)
+
+
+def test_sigterm_finishes_the_step_and_saves(whole, tmp_path, train, monkeypatch):
+    original = mala.log.RunLog.add
+
+    def add(self, loss, waited):
+        original(self, loss, waited)
+        if self.state.get("step", 0) == 0 and self.bar.n == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(mala.log.RunLog, "add", add)
+    monkeypatch.setattr(mala.log, "tqdm", lambda **settings: Counter(settings["initial"]))
+    message = train(*SHORT, "--out", tmp_path / "out")
+    assert "out: stopped after step 4 of 6, with a checkpoint" in message  # the signal came after step 3 was agreed upon
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+
+
+class Counter:
+    """A progress bar's place."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def update(self):
+        self.n += 1
+
+    def set_postfix(self, **figures):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path, train, monkeypatch):
+    import mala.model
+
+    original, calls = mala.model.Llama.forward, []
+
+    def forward(self, tokens, targets=None, *args, **more):
+        result = original(self, tokens, targets, *args, **more)
+        calls.append(self.training)
+        return result * float("nan") if sum(calls) == 5 and self.training else result
+
+    monkeypatch.setattr(mala.model.Llama, "forward", forward)
+    message = train(*SHORT, "--out", tmp_path / "out")
+    assert "step 5: the loss is nan" in message and "lower --lr and go on from" in message and "step-4" in message
+    assert "amh_Ethi" in message or "swh_Latn" in message
+    assert [path.name for path in mala.checkpoint.checkpoints(tmp_path / "out/checkpoints")] == ["step-2", "step-4"]
+
+
+def test_held_out_text_is_measured_on_the_way_and_the_pictures_are_drawn(tmp_path, train):
+    message = train(*SHORT, "--eval-every", 3, "--eval-documents", 2, "--tensorboard", "--out", tmp_path / "out")
+    assert "6 steps" in message
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]
+    assert [line["step"] for line in lines if "languages" in line] == [3, 6]
+    for line in lines:
+        assert line.keys() >= {"loss", "lr", "grad_norm", *TIMED} - {"mfu"} and 0 <= line["waiting"] <= 1
+    measured = lines[1]
+    assert measured["languages"].keys() == {"amh_Ethi", "swh_Latn"}
+    assert measured["nll_per_document"] == pytest.approx(sum(measured["languages"].values()) / 2)
+    for picture in ("loss.png", "nll.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "out/tensorboard").glob("events.*"))
+
+
+def test_without_tensorboard_the_flag_says_what_to_install(tmp_path, train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    message = train(*SHORT, "--tensorboard", "--out", tmp_path / "out")
+    assert "--tensorboard takes the package tensorboard: pip install tensorboard" in message
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
+    survive(tmp_path, [signal.SIGKILL, signal.SIGTERM] * 3, steps=60, seed=1)
+
+
+def test_a_dry_run_writes_nothing_and_needs_no_weights(tmp_path, train):
+    shutil.copytree(ROOT / "assets/tiny-llama", tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    message = train(*SHORT, "--dry-run", "--model", tmp_path / "model", "--out", tmp_path / "out")
+    assert "training 643,104 of 1,447,072 parameters" in message or "training 6" in message
+    assert "6 steps: 24 blocks, 768 tokens" in message and "a micro-batch" in message and "total" in message
+    assert not (tmp_path / "out").exists()
