@@ -131,8 +131,12 @@ def main() -> None:
     if settings.dry_run:
         return plan.dry_run(settings)
     device, dtype = choose_device(settings.device, settings.dtype)
-    with distributed.start(device) as world:
-        train(settings, world, dtype)
+    try:
+        with distributed.start(device) as world:
+            train(settings, world, dtype)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is full ({str(error).partition('. ')[0]}); --dry-run shows what takes it, a lower "
+                        "--micro-batch-size or --seq-len, or --gradient-checkpointing, less") from None  # fmt: skip
 
 
 def train(settings: Settings, world: World, dtype: torch.dtype) -> None:

@@ -38,6 +38,11 @@ PREFETCH = 2  # batches that are read ahead
 Batch = TypeVar("Batch")
 
 
+def cores() -> int:
+    """How many cores this process may use: a scheduler's share of the machine, where it is limited to one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def file_digests(files: list[Path], known: dict[str, Any]) -> dict[str, list]:
     """path -> [bytes, time of the last change in ns, SHA-256 of the content] for every file.
 
@@ -56,7 +61,7 @@ def file_digests(files: list[Path], known: dict[str, Any]) -> dict[str, list]:
                 content.update(block)
         return [status.st_size, status.st_mtime_ns, content.hexdigest()]
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(cores()) as threads:
         found = threads.map(digest, files)
         bar = tqdm(zip(files, found), desc="checking the corpus", total=len(files), unit="file", leave=False, disable=None)
         return {str(file.resolve()): entry for file, entry in bar}
@@ -73,7 +78,10 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
     made = {}
     if {key: index.get(key) for key in made_by} == made_by:
         made = {part["file"]: part for parts in index["languages"].values() for part in parts}
-    languages: dict[str, list[dict]] = {}
+    # Languages that are not in this corpus may be another run's.
+    languages = {
+        language: parts for language, parts in index.get("languages", {}).items() if made and language not in corpus.files
+    }
     jobs = []
     for language in corpus.languages:
         for number, source in enumerate(corpus.documents(language, "train").files):
@@ -110,7 +118,7 @@ def _in_parallel(jobs: list[tuple], size: int, root: Path, tokenizer: Tokenizer,
         yield from ((job, _tokenise_file(job[1], root / job[2]["file"], packer)) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of PyTorch's threads, held or not
-    processes = min(len(jobs), os.cpu_count() or 1)
+    processes = min(len(jobs), cores())
     with ProcessPoolExecutor(processes, spawn, _start_worker, (tokenizer.model, tokenizer.name, dtype)) as pool:
         running = {pool.submit(_work, source, root / wanted["file"]): (language, source, wanted)
                    for language, source, wanted in jobs}  # fmt: skip
@@ -194,7 +202,8 @@ def open_streams(corpus: Corpus, root: Path, bos_id: int) -> dict[str, Stream]:
     """
     index = read_json(root / "index.json")
     streams = {}
-    for language, parts in index["languages"].items():
+    for language in corpus.languages:
+        parts = index["languages"].get(language, [])
         maps = [np.memmap(root / part["file"], dtype=index["dtype"], mode="r") for part in parts if part["tokens"]]
         total = sum(part["documents"] for part in parts)
         _, end = corpus.documents(language, "train").part(total)  # a language's held-out documents are its last

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 
 from mala.cli import UserError
 
@@ -62,12 +63,14 @@ class World:
 def start(device: str) -> Iterator[World]:
     """Join the processes that torchrun started, if it did. device: "cpu" or "cuda".
 
-    Raises UserError where there are more processes than GPUs.
+    Raises UserError where there are more processes than GPUs, and where another process has ended.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if size == 1:
         yield World(device=device)
         return
+    if TorchVersion(torch.__version__) < "2.8":  # before, FSDP2 took frozen bfloat16 and trained float32 for a mistake
+        raise UserError(f"PyTorch {torch.__version__} cannot shard a model of two dtypes; several processes take 2.8 or newer")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():

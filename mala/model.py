@@ -334,7 +334,8 @@ class Llama(nn.Module):
                         device: torch.device | str = "cpu") -> Llama:  # fmt: skip
         """Load a checkpoint folder; `dtype=None` keeps each tensor's own.
 
-        The model is built on `meta`, without memory; each tensor is then mapped from its file, cast and moved alone.
+        The model is built on `meta`, without memory; each tensor is then mapped from its file, cast and moved alone. With
+        `device="meta"` it stays there, and only names, shapes and dtypes of the files are read.
         Raises UserError where a tensor is missing, left over, of another shape or not floating point.
         """
         directory = Path(directory)
@@ -361,7 +362,7 @@ class Llama(nn.Module):
         if missing:
             raise UserError(f"{directory}: the weights lack {len(missing)} tensors, the first is {next(iter(missing))!r}")
         model.tie_weights()
-        if tied_head is not None and not torch.equal(tied_head, model.lm_head.weight):
+        if tied_head is not None and not tied_head.is_meta and not torch.equal(tied_head, model.lm_head.weight):
             raise UserError(
                 f"{directory}: lm_head.weight is not embed_tokens, which config.json says it is (tie_word_embeddings)"
             )

@@ -124,6 +124,8 @@ def make_base(settings: Any, corpus: Corpus, device: str, dtype: torch.dtype, ke
             tokenizer = Tokenizer(merge(base_tokenizer, Tokenizer(train_pieces(words, settings.extend_vocab))))
         else:
             tokenizer = Tokenizer(continue_merges(base_tokenizer, words, settings.extend_vocab))
+        if len(tokenizer) == len(base_tokenizer):
+            raise UserError(f"{model}: the tokenizer has all {settings.extend_vocab:,} pieces already; give --extend-vocab 0")
 
     clear(out, keep_checkpoints)
     with atomic_directory(out / "held_out") as folder:

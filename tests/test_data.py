@@ -98,11 +98,17 @@ def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
     assert names == ["swh_Latn"] and all_of(streams["swh_Latn"]) == expected_tokens(LINES[:-1] + ["<s> is TEXT"])
     (tokens / "eng_Latn.0.bin").write_bytes((tokens / "eng_Latn.0.bin").read_bytes()[:-2])  # truncated
     assert again()[0] == ["eng_Latn"]
-    (corpus / "amh_Ethi.jsonl").unlink()
-    assert again()[0] == [] and not (tokens / "amh_Ethi.0.bin").exists()
+    (corpus / "amh_Ethi.jsonl").rename(tmp_path / "amh_Ethi.jsonl")
+    names, streams = again()
+    assert names == [] and streams.keys() == {"eng_Latn", "swh_Latn"}  # what others of the runs that share them may need stays
+    (tmp_path / "amh_Ethi.jsonl").rename(corpus / "amh_Ethi.jsonl")
+    assert again()[0] == [] and again(languages=("swh_Latn",))[1].keys() == {"swh_Latn"}
     other = Tokenizer(append_pieces(TOKENIZER, {"two▁": -9999.0}), "other")
     names, streams = again(tokenizer=other)
-    assert names == ["eng_Latn", "swh_Latn"]
+    assert names == ["amh_Ethi", "eng_Latn", "swh_Latn"]
+    (corpus / "eng_Latn.jsonl").unlink()
+    names, streams = again()
+    assert names == ["amh_Ethi", "swh_Latn"] and not (tokens / "eng_Latn.0.bin").exists()  # of another tokenizer
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_packing_word_by_word_is_encoding_the_text(texts):
 @needs_shared
 def test_packing_word_by_word_on_real_text():
     official = Tokenizer.from_pretrained(SHARED / "llama2")
-    for file in sorted((SHARED / "udhr").glob("*.txt"))[::6]:
+    for file in sorted((SHARED / "udhr").glob("*.txt"))[::20]:
         texts = file.read_text().splitlines()
         ids, packer = packed(official, texts, "uint16")
         assert packer.by_words and ids == official.encode_batch(texts * 2, bos=True)

@@ -1,5 +1,7 @@
 """train.py and evaluate.py as a user types them."""
 
+import contextlib
+import io
 import json
 import os
 import runpy
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -14,6 +17,7 @@ import torch
 import transformers
 from conftest import ROOT
 
+from mala.cli import parse
 from mala.lora import load_adapter
 from mala.model import Llama
 from mala.tokenizer import Tokenizer
@@ -28,17 +32,26 @@ def call(script, *args, cwd=ROOT, **environment):
                           env={**os.environ, "PYTHONPATH": str(ROOT), **environment})  # fmt: skip
 
 
-def succeed(*args, **more):
-    done = call(*args, **more)
-    assert done.returncode == 0, done.stderr
-    return done
+def succeed(script, *args, cwd=ROOT, **environment):
+    """`call`, in this process, since torch takes seconds to import: what it prints."""
+    printed, before = io.StringIO(), Path.cwd()
+    try:
+        os.chdir(cwd)
+        with patch.dict(os.environ, environment), patch.object(sys, "argv", [script, *map(str, args)]):
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        os.chdir(before)
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """What the README's first command does, in an empty folder, and its output."""
     cwd = tmp_path_factory.mktemp("demo")
-    return cwd, succeed("train.py", cwd=cwd)
+    done = call("train.py", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd, done
 
 
 def test_the_demo_improves_every_low_resource_language(demo):
@@ -84,8 +97,7 @@ def test_what_it_leaves_loads_in_transformers_and_peft(demo):
 
 def test_evaluate_finds_the_demo_and_gives_its_figures_again(demo):
     cwd, _ = demo
-    done = succeed("evaluate.py", "--bench", "nll", cwd=cwd)
-    lines = done.stdout.splitlines()
+    lines = succeed("evaluate.py", "--bench", "nll", cwd=cwd).splitlines()
     assert "no score of any benchmark" in lines[0] and lines[0] == lines[-1]
     results = json.loads((cwd / "out/nll/results.json").read_text())
     assert results.keys() == {"bench", "data", "sample", "model", "adapter", "shots", "seed", "split", "languages", "macro",
@@ -126,10 +138,10 @@ def test_evaluate_looks_where_the_design_says(demo, tmp_path):
         ({}, ["--held-out", "0.34"], 1, "data/nll"),
         ({}, ["--data", "elsewhere/nll", "--model", demo[0] / "out/demo"], 1, "elsewhere/nll"),
     ]:
-        done = succeed("evaluate.py", *args, "--out", "out", cwd=tmp_path, **environment)
+        printed = succeed("evaluate.py", *args, "--out", "out", cwd=tmp_path, **environment)
         results = json.loads((tmp_path / "out/results.json").read_text())
         assert results["languages"]["swh_Latn"]["documents"] == documents and results["data"] == data
-        assert results["sample"] is False and "sample" not in done.stdout
+        assert results["sample"] is False and "sample" not in printed
 
 
 def test_the_seed_decides_every_bit(tmp_path):
@@ -153,12 +165,12 @@ def test_continued_vocabulary_and_without_extension_in_bfloat16_by_epochs(tmp_pa
     succeed("train.py", *SHORT, "--vocab-method", "continue", "--extend-vocab", "400", "--out", tmp_path / "continue")
     assert len(Tokenizer.from_pretrained(tmp_path / "continue/base")) == 2048 + 400
     (tmp_path / "recipe.toml").write_text('langs = ["swh_Latn"]\nextend_vocab = 0\nepochs = 1.5\ndtype = "bfloat16"\n')
-    done = succeed(
+    printed = succeed(
         "train.py", "--config", tmp_path / "recipe.toml", "--seq-len", 64, "--batch-size", 2, "--out", tmp_path / "o"
     )
     tokens = sum(len(Tokenizer.from_pretrained(ROOT / "assets/tiny-llama").encode(line.split("\t")[2], bos=True))
                  for line in (ROOT / "assets/demo/sib200/swh_Latn/train.tsv").read_text().splitlines()[1:])  # fmt: skip
-    assert f"1 languages, {tokens:,} tokens" in done.stdout and f": {-(-3 * tokens // (2 * 2 * 64))} steps" in done.stdout
+    assert f"1 languages, {tokens:,} tokens" in printed and f": {-(-3 * tokens // (2 * 2 * 64))} steps" in printed
     assert not (tmp_path / "o/base").exists()
     succeed("evaluate.py", "--model", tmp_path / "o", "--langs", "swh_Latn", "--out", tmp_path / "e")
     results = json.loads((tmp_path / "e/results.json").read_text())
@@ -293,3 +305,31 @@ def test_a_setting_that_makes_no_sense_is_refused_and_an_earlier_run_stays(tmp_p
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     message = refuse("train.py", [*SHORT, "--lr", "1e9", "--max-grad-norm", "1e9", "--out", tmp_path / "out"], monkeypatch)
     assert "lower --lr" in message and "swh_Latn" in message and not (tmp_path / "out/adapter").exists()
+
+
+def test_compiled_blocks_have_the_losses_of_eager_ones(tmp_path):
+    losses = []
+    for compile in ("on", "off"):
+        succeed("train.py", *SHORT, "--lora-dropout", "0", "--compile", compile, "--out", tmp_path / compile)
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / compile / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
+
+
+def test_the_recipes_are_recipes_and_the_demo_s_is_the_default():
+    Settings = runpy.run_path(str(ROOT / "train.py"))["Settings"]
+    demo, defaults = parse(Settings, "", ["--config", str(ROOT / "configs/demo.toml")]), parse(Settings, "", [])
+    for name, value in vars(defaults).items():
+        if name in ("model", "data"):
+            assert ROOT / getattr(demo, name) == Path(value)
+        elif name != "config":
+            assert getattr(demo, name) == value, name
+    mala500 = parse(Settings, "", ["--config", str(ROOT / "configs/mala500.toml")])
+    assert (mala500.extend_vocab, mala500.seq_len, mala500.lr, mala500.epochs, mala500.weight_decay) == (
+        250_000,
+        4096,
+        3e-4,
+        3,
+        0.1,
+    )
+    assert (mala500.r, mala500.lora_alpha, mala500.lora_dropout, mala500.alpha) == (8, 32, 0.1, 0.3)
+    assert mala500.gradient_checkpointing and mala500.dtype == "bfloat16" and mala500.micro_batch_size == 1

@@ -1,0 +1,111 @@
+"""mala.distributed: two gloo processes take the path of many GPUs, and the oracle is one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+SETTINGS = ["--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "500", "--seq-len", "32", "--batch-size", "8", "--warmup-steps",
+            "5", "--micro-batch-size", "2", "--lr", "1e-3", "--log-every", "1", "--save-every", "25"]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def train(out, processes, *more):
+    start = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
+    command = [*start, ROOT / "train.py", *SETTINGS, "--out", out, *map(str, more)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+
+def succeed(*args):
+    done = train(*args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return torch.tensor([line["loss"] for line in lines])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same 50 steps by one process and by two."""
+    folder = tmp_path_factory.mktemp("runs")
+    for processes in (1, 2):
+        succeed(folder / str(processes), processes, "--steps", 50)
+    return folder
+
+
+def test_two_processes_have_the_losses_of_one(runs):
+    one, two = losses(runs / "1"), losses(runs / "2")
+    assert len(one) == 50 and (one - two).abs().max() < 1e-5
+    assert one[-1] < one[0] - 1  # they have learnt something
+    nll = [json.loads((runs / name / "nll.json").read_text())["after"]["macro"]["nll_per_document"] for name in "12"]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("of, on", [("2", 1), ("1", 2)])
+def test_a_checkpoint_of_one_number_of_processes_goes_on_with_another(runs, of, on, tmp_path):
+    step_25 = runs / of / "checkpoints/step-25"
+    printed = succeed(tmp_path / "out", on, "--steps", 50, "--resume", step_25)
+    assert "step-25: going on after step 25 of 50" in printed
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(26, 51))
+    assert (torch.tensor([line["loss"] for line in lines]) - losses(runs / "1")[25:]).abs().max() < 1e-5
+    expected = load_file(runs / "1/adapter/adapter_model.safetensors")
+    found = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < 1e-3 and found[name].shape == tensor.shape
+
+
+def test_a_sharded_model_computes_what_the_whole_one_does():
+    done = subprocess.run(
+        [*TORCHRUN, "2", ROOT / "tests/sharded.py"], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr
+
+
+def start_and_signal(out, number):
+    """Send one of two processes a signal in the midst of training: status and output of the whole job."""
+    command = [*TORCHRUN, "2", ROOT / "train.py", *SETTINGS, "--steps", "100000", "--save-every", "10", "--out", out]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "checkpoints/step-20").is_dir() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        found = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
+        assert len(found) == 2, found
+        os.kill(int(found[1]), number)
+        printed, errors = job.communicate(timeout=60)
+        return job.returncode, printed, errors
+    finally:
+        job.kill()
+
+
+def test_a_killed_process_ends_the_job_with_a_sentence(tmp_path):
+    status, _, errors = start_and_signal(tmp_path / "out", signal.SIGKILL)
+    assert status == 1
+    ours = errors[: errors.index("torch/distributed/elastic")]  # before torchrun's own report, which names signal 9
+    assert "error: lost the other processes: one of them has ended" in ours and "Traceback" not in ours
+    assert "Signal 9 (SIGKILL)" in errors
+
+
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tmp_path):
+    status, printed, _ = start_and_signal(tmp_path / "out", signal.SIGTERM)
+    assert status == 0 and "with a checkpoint; the same command goes on there" in printed
+
+
+def test_a_mistake_is_said_once(tmp_path):
+    done = train(tmp_path / "out", 2, "--batch-size", 6)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1
+    assert "batch_size 6 is not a multiple of micro_batch_size 2 x 2 processes" in done.stderr
