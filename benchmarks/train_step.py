@@ -1,4 +1,4 @@
-"""A training step of MaLA's recipe, LoRA with whole embeddings and head, beside transformers + PEFT: tokens/s and peak memory.
+"""A training step of MaLA's recipe, LoRA with whole embeddings and head, beside transformers + PEFT: tokens/s, memory, MFU.
 
     python benchmarks/train_step.py [--shape small|llama2-7b] [--steps 4] [--rounds 2] [--out train_step.json]
 
@@ -29,6 +29,7 @@ from mala.cli import print_table, run  # noqa: E402
 from mala.cross_entropy import IGNORE_INDEX  # noqa: E402
 from mala.lora import LoRAConfig, add_lora, load_adapter, save_adapter, trainable_parameters  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
+from mala.plan import flops_per_token, peak_flops  # noqa: E402
 
 V = 260164
 SHAPES = {  # the model, sequences and tokens of a step
@@ -57,6 +58,9 @@ def our_trainer(folder: Path, dtype: torch.dtype, checkpointing: bool):
     model = Llama.from_pretrained(folder / "base", dtype, DEVICE)
     load_adapter(model, folder / "adapter")
     model.gradient_checkpointing = checkpointing
+    if DEVICE == "cuda":  # as train.py does
+        for block in model.model["layers"]:
+            block.compile()
 
     def loss_of(tokens):
         targets = torch.cat(
@@ -142,6 +146,10 @@ def main() -> None:
                 done = subprocess.run([*command, *key, folder], stdout=subprocess.PIPE, text=True, check=True)
                 steps.append([json.loads(line) for line in done.stdout.splitlines()])
 
+    with torch.device("meta"):
+        shapes = Llama(config)
+        add_lora(shapes, LoRAConfig())
+    peak = peak_flops(machine)
     rows, report = [], []
     speed = {key: B * T / statistics.median(one["seconds"] for steps in rounds for one in steps[1:])
              for key, rounds in results.items()}  # fmt: skip
@@ -149,10 +157,11 @@ def main() -> None:
         tokens_per_second = speed[trainer, dtype]
         losses, memory = [one["loss"] for one in rounds[0]], max(one["memory"] for steps in rounds for one in steps)
         rows.append((f"{trainer}, {dtype}", f"{tokens_per_second:,.0f}", f"{tokens_per_second / speed[trainers[0]]:.2f}",
+                     f"{tokens_per_second * flops_per_token(shapes, T) / peak:.1%}" if peak else "unknown",
                      f"{memory / 1e9:.2f}", f"{losses[0]:.5f}", f"{losses[-1]:.5f}"))  # fmt: skip
         report.append({"trainer": trainer, "dtype": dtype, "tokens_per_second": tokens_per_second, "memory": memory,
                        "seconds": [[one["seconds"] for one in steps] for steps in rounds], "losses": losses})  # fmt: skip
-    print_table(("", "tokens/s", f"x peer's {dtypes[0]}", "peak memory, GB", "first loss", "last"), rows)
+    print_table(("", "tokens/s", f"x peer's {dtypes[0]}", "MFU", "peak memory, GB", "first loss", "last"), rows)
     if args.out:
         write_json(args.out, {"machine": machine, "torch": torch.__version__, "shape": args.shape, "rows": report})
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from mala.cli import UserError
 from mala.corpus import Corpus, language_shares, read_documents
 from mala.tokenizer import Tokenizer, WordPacker
 
-POOL_BYTES = 2**24  # a corpus smaller than this is tokenised before other processes have started
+POOL_BYTES = 2**22  # what is smaller is tokenised before other processes have started
 PREFETCH = 2  # batches that are read ahead
 Batch = TypeVar("Batch")
 
@@ -75,13 +76,11 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     made_by = {"tokenizer": hashlib.sha256(tokenizer.model).hexdigest(), "dtype": dtype}
     index = read_json(root / "index.json") if (root / "index.json").exists() else {}
-    made = {}
-    if {key: index.get(key) for key in made_by} == made_by:
-        made = {part["file"]: part for parts in index["languages"].values() for part in parts}
-    # Languages that are not in this corpus may be another run's.
-    languages = {
-        language: parts for language, parts in index.get("languages", {}).items() if made and language not in corpus.files
-    }
+    if {key: index.get(key) for key in made_by} != made_by:
+        index = {"languages": {}}
+    made = {part["file"]: part for parts in index["languages"].values() for part in parts}
+    # What languages that are not in this corpus have there may be another run's.
+    languages = {language: parts for language, parts in index["languages"].items() if language not in corpus.files}
     jobs = []
     for language in corpus.languages:
         for number, source in enumerate(corpus.documents(language, "train").files):
@@ -113,13 +112,13 @@ def _size(file: Path) -> int:
 
 def _in_parallel(jobs: list[tuple], size: int, root: Path, tokenizer: Tokenizer, dtype: str) -> Iterator[tuple]:
     """(job, (documents, tokens)) of every job as it is finished."""
+    packer = WordPacker(tokenizer, dtype)
     if size < POOL_BYTES or len(jobs) == 1:
-        packer = WordPacker(tokenizer, dtype)
         yield from ((job, _tokenise_file(job[1], root / job[2]["file"], packer)) for job in jobs)
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of PyTorch's threads, held or not
-    processes = min(len(jobs), cores())
-    with ProcessPoolExecutor(processes, spawn, _start_worker, (tokenizer.model, tokenizer.name, dtype)) as pool:
+    # On Linux a fork, as PyTorch's DataLoader does: a new interpreter would import PyTorch for seconds.
+    start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(min(len(jobs), cores()), start, _start_worker, (packer,)) as pool:
         running = {pool.submit(_work, source, root / wanted["file"]): (language, source, wanted)
                    for language, source, wanted in jobs}  # fmt: skip
         try:
@@ -134,9 +133,9 @@ def _in_parallel(jobs: list[tuple], size: int, root: Path, tokenizer: Tokenizer,
 _packer: WordPacker  # of a worker process
 
 
-def _start_worker(model: bytes, name: str, dtype: str) -> None:
+def _start_worker(packer: WordPacker) -> None:
     global _packer
-    _packer = WordPacker(Tokenizer(model, name), dtype)
+    _packer = packer
 
     def follow_parent() -> None:  # which, when killed, cannot end its workers
         multiprocessing.parent_process().join()

@@ -1,5 +1,7 @@
 """mala.tokenizer: a wrapper, so few tests; the oracle is transformers' LlamaTokenizer."""
 
+import pickle
+
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED, needs_shared
@@ -112,3 +114,9 @@ def test_a_tokenizer_that_is_not_so_simple_encodes_whole_texts(monkeypatch):
     monkeypatch.setattr(WordPacker, "MAX_WORDS", 3)
     ids, packer = packed(PLAIN, ["one two three four five", "x" * 100])
     assert len(packer) <= 3 and ids[0] == PLAIN.encode("one two three four five", bos=True)
+
+
+def test_a_packer_goes_to_another_process():
+    packer = WordPacker(PLAIN, "uint16")
+    copy = pickle.loads(pickle.dumps(packer))
+    assert copy.pack("one two ጤና") == packer.pack("one two ጤና") and copy.by_words
