@@ -13,6 +13,7 @@ checkpoints/. A run that was killed goes on from its last checkpoint when the sa
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import shutil
 import time
@@ -30,10 +31,10 @@ from mala.checkpoint import (
     OPTIMIZER,
     atomic_directory,
     checkpoints,
+    lock,
     read_json,
     read_state,
     read_tensors,
-    step_of,
     write_json,
     write_optimizer,
 )
@@ -61,7 +62,7 @@ class Settings:
     out: str = option("out/demo", "where the results go")
     resume: str = option("auto", "auto: go on from the newest whole checkpoint in --out; never: start over and replace what is "
                          "there; or a checkpoint's folder")  # fmt: skip
-    tokens: str | None = option(None, "where the token files go, for several runs to share; default: tokens/ in --out")
+    tokens: str | None = option(None, "where the token files go, for runs of one tokenizer to share; default: tokens/ in --out")
     dry_run: bool = option(False, "print what would run, and what it would take, and write nothing")
     langs: tuple[str, ...] = option((), "train on these languages of the corpus only")
     held_out: float = option(0.2, "last share of each language's documents kept for measuring, where there is no test split")
@@ -82,9 +83,7 @@ class Settings:
     steps: int | None = option(None, "optimizer steps; where given, they count and not the epochs")
     seq_len: int = option(128, "tokens a block")
     batch_size: int = option(16, "blocks an optimizer step")
-    micro_batch_size: int | None = option(
-        None, "blocks a forward pass of a process; the rest of a step is accumulated; default: all"
-    )
+    micro_batch_size: int | None = option(None, "blocks a forward pass, the rest is accumulated; default: all of a process")
     lr: float = option(5e-3, "highest learning rate")
     warmup_steps: int = option(20, "linear warm-up; then the rate falls linearly, to 0 after the last step")
     weight_decay: float = option(0.1, "AdamW's")
@@ -114,9 +113,24 @@ class Settings:
         for name in ("extend_vocab", "warmup_steps", "weight_decay", "alpha", "max_held_out", "seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise UserError(f"{name} is {getattr(self, name)}, expected a number from 0 to below 2^32")
+        if self.steps and self.steps * self.batch_size > 2**31:
+            raise UserError(f"{self.steps:,} steps of {self.batch_size:,} blocks are more than the 2^31 that can be planned")
+        for folder in (self.out, self.tokens or self.out):
+            if Path(folder).exists() and not Path(folder).is_dir():
+                raise UserError(f"{folder}: a file, expected a folder or the name of a new one")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--tensorboard takes the package tensorboard: pip install tensorboard")
         for source in (self.model, self.data):
             if Path(self.out).resolve() in (Path(source) / "inside").resolve().parents:
                 raise UserError(f"{source}: lies in --out {self.out}, whose results are replaced; name another --out")
+
+    def micro_batch(self, processes: int) -> int:
+        """Blocks a forward pass of each process."""
+        size = self.micro_batch_size or max(1, self.batch_size // processes)
+        if self.batch_size % (size * processes):
+            raise UserError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {size}"
+                            + (f" x {processes} processes" if processes > 1 else ""))  # fmt: skip
+        return size
 
 
 def learning_rate(step: int, steps: int, settings: Settings) -> float:
@@ -132,25 +146,24 @@ def main() -> None:
         return plan.dry_run(settings)
     device, dtype = choose_device(settings.device, settings.dtype)
     try:
-        with distributed.start(device) as world:
-            train(settings, world, dtype)
+        with distributed.start(device) as world, contextlib.ExitStack() as locks:
+            train(settings, world, dtype, locks)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is full ({str(error).partition('. ')[0]}); --dry-run shows what takes it, a lower "
                         "--micro-batch-size or --seq-len, or --gradient-checkpointing, less") from None  # fmt: skip
 
 
-def train(settings: Settings, world: World, dtype: torch.dtype) -> None:
+def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextlib.ExitStack) -> None:
     started = time.perf_counter()
     out = Path(settings.out)
-    micro_batch_size = settings.micro_batch_size or max(1, settings.batch_size // world.size)
-    if settings.batch_size % (micro_batch_size * world.size):
-        raise UserError(f"batch_size {settings.batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
-                        + (f" x {world.size} processes" if world.size > 1 else ""))  # fmt: skip
+    micro_batch_size = settings.micro_batch(world.size)
 
     # A mistake in the checkpoint or in the corpus is found before anything is written. On `meta` no weight is read.
     base, base_tokenizer = Path(settings.model), Tokenizer.from_pretrained(settings.model)
     shapes = Llama.from_pretrained(base, dtype, "meta")
     base_tokenizer.check_fits(shapes.config.vocab_size)
+    if settings.seq_len > (longest := shapes.config.max_position_embeddings):
+        raise UserError(f"seq_len is {settings.seq_len}, but {base} reads {longest} tokens at most (max_position_embeddings)")
     lora = LoRAConfig(settings.r, settings.lora_alpha, settings.lora_dropout, settings.target_modules, settings.modules_to_save,
                       settings.use_rslora)  # fmt: skip
     find_targets(shapes, lora)
@@ -158,7 +171,12 @@ def train(settings: Settings, world: World, dtype: torch.dtype) -> None:
     peak_flops = plan.peak_flops(torch.cuda.get_device_name()) if world.device != "cpu" else None
 
     # Vocabulary, extended checkpoint, held-out documents and token files, where they are not there yet.
+    was_there = out.is_dir()
+    if world.is_main and was_there:
+        locks.enter_context(lock(out))
     resumed_from, identity = world.from_main(lambda: prepare(settings, corpus, world.device, dtype))
+    if world.is_main and not was_there:
+        locks.enter_context(lock(out))
     if settings.extend_vocab:
         base = out / "base"
     tokenizer = Tokenizer.from_pretrained(base)
@@ -170,8 +188,11 @@ def train(settings: Settings, world: World, dtype: torch.dtype) -> None:
     batches = Batches(streams, settings.seq_len, settings.batch_size, steps, settings.alpha, settings.seed)
 
     # How well the checkpoint predicts the held-out text as it comes, with its own tokenizer.
+    done = read_state(resumed_from)["step"] if resumed_from else 0
+    if done > steps:
+        raise UserError(f"{resumed_from}: has {done} steps, this run only {steps}; name another --out or more --steps")
     nll = world.from_main(lambda: read_json(out / "nll.json") if (out / "nll.json").exists() else {})
-    if "after" in nll and (resumed_from is None or step_of(resumed_from) >= steps):
+    if "after" in nll and (resumed_from is None or done == steps):
         if world.is_main:
             report(nll["before"], nll["after"])
             print(f"{out}: this run is finished; another --out, or --resume never, starts a new one")
@@ -204,7 +225,7 @@ def train(settings: Settings, world: World, dtype: torch.dtype) -> None:
         print(f"{len(base_tokenizer):,} pieces -> {len(tokenizer):,}; {len(streams)} languages, {corpus_tokens:,} tokens; "
               f"{summary}")  # fmt: skip
         if resumed_from:
-            print(f"{resumed_from}: going on after step {state['step']} of {steps}")
+            print(f"{resumed_from}: going on after step {done} of {steps}")
 
     def save(step: int) -> None:
         tensors = distributed.gather(adapter, world)
@@ -217,7 +238,9 @@ def train(settings: Settings, world: World, dtype: torch.dtype) -> None:
                 (folder / "tokenizer.model").write_bytes(tokenizer.model)
                 write_optimizer(folder, moments, {**log.state, "step": step, "identity": identity})
             for old in checkpoints(out / "checkpoints")[: -settings.keep]:
-                shutil.rmtree(old)
+                if old.resolve() != Path(settings.resume).resolve():  # which the same command, given again, asks for
+                    shutil.rmtree(old)
+        world.from_main(lambda: None)  # the others wait here, however long the writing takes
 
     def measure(documents: dict[str, list[str]], description: str) -> dict[str, dict]:
         # Documents have all lengths, and a block would be compiled again for every other one.
@@ -228,9 +251,9 @@ def train(settings: Settings, world: World, dtype: torch.dtype) -> None:
     log = RunLog(out, state, steps, tokens_a_step, flops * tokens_a_step, peak_flops and peak_flops * world.size, world.device,
                  world.is_main, settings.tensorboard)  # fmt: skip
     model.train()
-    loaded = read_ahead(lambda step: batches.share(step, world.rank, world.size), range(state["step"], steps))
+    loaded = read_ahead(lambda step: batches.share(step, world.rank, world.size), range(done, steps))
     with catch_signals() as signals, contextlib.closing(log):
-        for step in range(state["step"], steps):
+        for step in range(done, steps):
             lr = learning_rate(step, steps, settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -262,15 +285,18 @@ def train(settings: Settings, world: World, dtype: torch.dtype) -> None:
             step += 1
             log.add(step_loss, waited)
             is_due = settings.eval_every is not None and step % settings.eval_every == 0
-            measured = measure(few_documents, f"NLL at step {step}") if is_due else None
+            with log.paused():
+                measured = measure(few_documents, f"NLL at step {step}") if is_due else None
             if step % settings.log_every == 0 or step == steps or measured:
                 log.write(step, measured, lr=lr, grad_norm=grad_norm)
             if step % settings.save_every == 0 or step == steps or stop:
-                log.flush()
-                save(step)
+                with log.paused():
+                    log.flush()
+                    save(step)
             if stop and step < steps:
                 if world.is_main:
-                    print(f"{out}: stopped after step {step} of {steps}, with a checkpoint; the same command goes on there")
+                    again = "the same command" if settings.resume == "auto" else "the same command with --resume auto"
+                    print(f"{out}: stopped after step {step} of {steps}, with a checkpoint; {again} goes on there")
                 return
 
     # What came of it.
@@ -280,8 +306,8 @@ def train(settings: Settings, world: World, dtype: torch.dtype) -> None:
         with atomic_directory(out / "adapter", replace=True) as folder:
             save_adapter(model, folder, str(base), tensors)
             (folder / "tokenizer.model").write_bytes(tokenizer.model)
-        write_json(out / "nll.json", {"before": before, "after": after})
-        draw_run(out)
+        draw_run(out, before, after)
+        write_json(out / "nll.json", {"before": before, "after": after})  # the last file: with it the run is finished
         report(before, after)
         print(f"{out}: {steps} steps, {time.perf_counter() - started:.0f} s, "
               f"peak memory {peak_memory(world.device) / 1e9:.2f} GB")  # fmt: skip
@@ -305,7 +331,8 @@ def load_checkpoint(folder: Path, adapter: dict[str, torch.Tensor], trained: dic
 
 
 def dropout_seed(seed: int, step: int, row: int) -> int:
-    """Of the micro-batch that begins at a row of a step's batch: the same whatever ran before and whichever process it is."""
+    """Of the micro-batch that begins at a row of a step's batch, whatever ran before and whichever process it is: runs of any
+    number of processes drop the same values where their micro-batches are equally large."""
     return int(np.random.SeedSequence([seed, step, row]).generate_state(1, np.uint64)[0])
 
 

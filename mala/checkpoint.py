@@ -41,10 +41,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary.touch()
     mode = temporary.stat().st_mode
     try:
-        with _named(path):
+        with named(path):
             yield temporary
-        os.chmod(temporary, mode)  # safetensors makes its files readable by their owner alone
-        _flush(temporary)
+            os.chmod(temporary, mode)  # safetensors makes its files readable by their owner alone
+            _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
     finally:
@@ -52,8 +52,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A write that fails, on a full disk for instance, does not say to which file it was; this does."""
+def named(path: Path) -> Iterator[None]:
+    """A write that fails, on a full disk for instance, does not say to which file it was; this does, as a UserError."""
     try:
         yield
     except OSError as error:
@@ -91,10 +91,10 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with _named(path):
+        with named(path):
             yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
+            for file in temporary.rglob("*"):
+                _flush(file)
         if path.exists():  # a rename cannot replace a folder that holds something
             shutil.rmtree(path)
         os.rename(temporary, path)
@@ -279,21 +279,55 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check_whole(folder: Path) -> None:
-    """Raise UserError where a checkpoint lacks a file or holds a damaged one."""
-    for file in (ADAPTER, OPTIMIZER):
+    """Raise UserError where a checkpoint lacks a file or holds a damaged one. (What cannot be read, on a network disk that is
+    gone for a while, is no damage: the OSError goes through.)"""
+    for file in (folder / ADAPTER, folder / OPTIMIZER):
         try:
-            safe_open(folder / file, framework="pt").keys()  # compares the size with what the header says
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / file}: missing or damaged ({error}); name another checkpoint") from None
-    read_json(folder / STATE)
+            safe_open(file, framework="pt").keys()  # compares the size with what the header says
+        except (FileNotFoundError, SafetensorError) as error:
+            raise UserError(f"{file}: missing or damaged ({error})") from None
+    if type(read_state(folder).get("step")) is not int or not isinstance(read_state(folder).get("identity"), dict):
+        raise UserError(f"{folder / STATE}: there is no 'step' or no 'identity'; expected what train.py leaves in a checkpoint")
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint in a folder that is whole; damaged ones are named on stderr."""
+    """The newest checkpoint in a folder that is whole, None where there is none at all; damaged ones are named on stderr.
+
+    Raises UserError where all are damaged.
+    """
     for newest in reversed(checkpoints(folder)):
         try:
             check_whole(newest)
             return newest
         except UserError as error:
-            print(f"{newest}: passed over, the checkpoint before it is taken: {error}", file=sys.stderr)
+            print(f"{newest}: damaged, so one before it is looked for ({error})", file=sys.stderr)
+    if checkpoints(folder):
+        raise UserError(f"{folder}: no checkpoint is whole; bring one back, or start over with --resume never")
     return None
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a checkpoint so that no run takes it any more; to delete it is the user's to do."""
+    aside = folder.with_name(folder.name + ".aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    print(f"{folder}: set aside as {aside.name}", file=sys.stderr)
+
+
+def lock(folder: Path, wait: bool = False) -> IO:
+    """Lock a folder until the file that is returned is closed, at the latest when the process ends, however it ends.
+
+    Where another process holds the lock, wait for it, or raise UserError. Where the system has no flock nothing is locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{folder}: another run is writing here; wait for it, or name another folder") from None
+    except (ImportError, OSError):
+        pass
+    return file

@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import re
+import signal
 import sys
 import threading
 from collections import deque
@@ -31,7 +33,7 @@ from tqdm import tqdm
 
 from mala.checkpoint import COPY_BYTES, atomic_file, read_json, write_json
 from mala.cli import UserError
-from mala.corpus import Corpus, language_shares, read_documents
+from mala.corpus import LANGUAGE, Corpus, language_shares, read_documents
 from mala.tokenizer import Tokenizer, WordPacker
 
 POOL_BYTES = 2**22  # what is smaller is tokenised before other processes have started
@@ -75,7 +77,11 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
     """
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     made_by = {"tokenizer": hashlib.sha256(tokenizer.model).hexdigest(), "dtype": dtype}
-    index = read_json(root / "index.json") if (root / "index.json").exists() else {}
+    try:
+        index = read_json(root / "index.json")
+    except UserError:  # not there yet, or damaged: it is made again
+        index = {}
+    older = [part["file"] for parts in index.get("languages", {}).values() for part in parts]
     if {key: index.get(key) for key in made_by} != made_by:
         index = {"languages": {}}
     made = {part["file"]: part for parts in index["languages"].values() for part in parts}
@@ -91,9 +97,9 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
             else:
                 jobs.append((language, source, wanted))
     write_json(root / "index.json", {**made_by, "languages": languages})  # what is made anew is not in it while it changes
-    for file in root.glob("*.bin"):
-        if file.name not in {part["file"] for parts in languages.values() for part in parts}:
-            file.unlink()
+    for name in set(older) - {part["file"] for parts in languages.values() for part in parts}:
+        if re.fullmatch(rf"{LANGUAGE.pattern}\.\d+\.bin", name):
+            (root / name).unlink(missing_ok=True)
 
     jobs.sort(key=lambda job: -job[1].stat().st_size)  # the largest first: none is left to one process at the end
     size = sum(source.stat().st_size for _, source, _ in jobs)
@@ -119,15 +125,16 @@ def _in_parallel(jobs: list[tuple], size: int, root: Path, tokenizer: Tokenizer,
     # On Linux a fork, as PyTorch's DataLoader does: a new interpreter would import PyTorch for seconds.
     start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(min(len(jobs), cores()), start, _start_worker, (packer,)) as pool:
-        running = {pool.submit(_work, source, root / wanted["file"]): (language, source, wanted)
-                   for language, source, wanted in jobs}  # fmt: skip
         try:
+            running = {pool.submit(_work, job[1], root / job[2]["file"]): job for job in jobs}
             for done in as_completed(running):
                 yield running[done], done.result()
         except BrokenProcessPool:
             raise UserError("a process that tokenised was killed (is the memory full?); the same command goes on") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # a mistake in one file is not told only after hours of work on the others
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
 
 
 _packer: WordPacker  # of a worker process
@@ -136,6 +143,7 @@ _packer: WordPacker  # of a worker process
 def _start_worker(packer: WordPacker) -> None:
     global _packer
     _packer = packer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
 
     def follow_parent() -> None:  # which, when killed, cannot end its workers
         multiprocessing.parent_process().join()

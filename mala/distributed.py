@@ -88,8 +88,8 @@ def start(device: str) -> Iterator[World]:
     except RuntimeError as error:
         if "gloo" not in str(error).lower() and "nccl" not in str(error).lower():
             raise
-        raise UserError("lost the other processes: one of them has ended, and its own error is the cause; the same command "
-                        "goes on from the last checkpoint") from None  # fmt: skip
+        raise UserError("lost the other processes: one of them has ended, its own error is the cause; the same command goes on "
+                        f"from the last checkpoint ({str(error).splitlines()[0][:300]})") from None  # fmt: skip
     # Not after an error: the others may be waiting in a collective, and torchrun ends them.
     del mesh, patient
     gc.collect()  # what still holds a process group when the interpreter ends can abort it
@@ -149,7 +149,8 @@ def catch_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

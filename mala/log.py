@@ -8,18 +8,19 @@ line before), `lr`, `grad_norm`, `tokens_per_second`, `waiting` (the share of th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from mala.checkpoint import atomic_file, atomic_path, read_json
-from mala.cli import UserError
+from mala.checkpoint import atomic_file, atomic_path, named
 
 
 class RunLog:
@@ -37,8 +38,9 @@ class RunLog:
         self.file = self.tensorboard = None
         self.bar = tqdm(total=steps, initial=self.first_step, desc="training", unit="step", disable=None if is_main else True)
         if is_main:
-            rewind(out / "metrics.jsonl", self.first_step)
-            self.file = open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+            self.path = out / "metrics.jsonl"
+            rewind(self.path, self.first_step)
+            self.file = open(self.path, "a", encoding="utf-8", buffering=1)
             self.tensorboard = summary_writer(out / "tensorboard", self.first_step) if tensorboard else None
 
     def add(self, loss: float, waited: float) -> None:
@@ -60,7 +62,8 @@ class RunLog:
             line["nll_per_document"] = nll["macro"]["nll_per_document"]
             line["languages"] = {language: scores["nll_per_document"] for language, scores in nll["languages"].items()}
         if self.file:
-            self.file.write(json.dumps(line) + "\n")
+            with named(self.path):
+                self.file.write(json.dumps(line) + "\n")
         if self.tensorboard:
             for name, value in [*line.items(), *((f"nll/{key}", value) for key, value in line.get("languages", {}).items())]:
                 if name not in ("step", "languages"):
@@ -72,7 +75,15 @@ class RunLog:
     def flush(self) -> None:
         """To the disk itself: a checkpoint must not be there without the lines before it."""
         if self.file:
-            os.fsync(self.file.fileno())
+            with named(self.path):
+                os.fsync(self.file.fileno())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in the block, such as saving, does not count in the speed of training."""
+        began = time.perf_counter()
+        yield
+        self.time += time.perf_counter() - began
 
     def close(self) -> None:
         self.bar.close()
@@ -85,7 +96,7 @@ class RunLog:
 def rewind(metrics: Path, step: int) -> None:
     """Take away the lines after `step`, which a killed run wrote after its last checkpoint, the last maybe by half."""
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines() if step else []:
+    for line in metrics.read_text(encoding="utf-8").splitlines() if step and metrics.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -96,10 +107,8 @@ def rewind(metrics: Path, step: int) -> None:
 
 
 def summary_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard takes the package tensorboard: pip install tensorboard") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
@@ -112,7 +121,7 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def draw_run(out: Path) -> None:
+def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None:
     """loss.png, the loss as training went, and nll.png, the NLL of every language before and after, where matplotlib is."""
     try:
         import matplotlib
@@ -136,8 +145,7 @@ def draw_run(out: Path) -> None:
         right.set_ylabel("held-out NLL, nats a document, mean of the languages", color="tab:orange")
     _save(figure, out / "loss.png")
 
-    nll = read_json(out / "nll.json")
-    before, after = nll["before"]["languages"], nll["after"]["languages"]
+    before, after = before["languages"], after["languages"]
     languages = sorted(before, key=lambda language: after[language]["nll_per_document"])
     named = len(languages) <= 120  # names of more could not be read
     figure, axis = plt.subplots(figsize=(min(max(4.0, len(languages) * 0.16), 16), 4.5))

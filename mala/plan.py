@@ -157,11 +157,15 @@ def memory_plan(model: Llama, seq_len: int, micro_batch_size: int, accumulates: 
         add("buffers that both came in", f"{whole:,} + {looked_up:,}", whole + looked_up, "lookup")
         if not accumulates and (lm_head.requires_grad or embed_tokens.requires_grad):
             add("copy of a gradient, to be divided", "V D x 4", VD * 4, "embed_tokens")
+        # Every process loads the model whole, and then lets go what is the others'.
+        add("frozen parameters, whole", f"{frozen:,} x {e}", frozen * e, "loading")
+        add("trained parameters, whole", f"{trained:,} x 4", trained * 4, "loading")
+        add("embed_tokens, as it was before it was cast", f"V D x {e}", VD * e, "loading")
     if device_type == "cuda":
-        add("CUDA context, cuBLAS workspace, fragmentation", "about", 1_500_000_000, always)
+        add("CUDA context, cuBLAS workspace, fragmentation", "about", 1_500_000_000, f"{always} loading")
 
     names = {"lookup": "lookup in embed_tokens", "loss": "loss", "block": "backward of a block",
-             "embed_tokens": "backward of embed_tokens"}  # fmt: skip
+             "embed_tokens": "backward of embed_tokens", "loading": "loading"}  # fmt: skip
     worst = max(names, key=lambda stage: sum(size for *_, size, alive in rows if stage in alive.split()))
     return [(part if alive == always else f"{names[worst]}: {part}", arithmetic, size)
             for part, arithmetic, size, alive in rows if worst in alive.split()]  # fmt: skip
@@ -171,6 +175,7 @@ def dry_run(settings: Any) -> None:
     """What `train.py --dry-run` prints; settings are train.py's. Nothing is written, no weights need be there yet, and neither
     need the GPU be for which --device cuda plans."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch_size = settings.micro_batch(processes)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     device = "cuda" if settings.device == "cuda" or settings.device == "auto" and torch.cuda.is_available() else "cpu"
@@ -178,6 +183,7 @@ def dry_run(settings: Any) -> None:
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_pretrained(settings.model)).to(getattr(torch, dtype))
         base_tokenizer = Tokenizer.from_pretrained(settings.model)
+        base_tokenizer.check_fits(model.config.vocab_size)
         if settings.extend_vocab:
             size = len(base_tokenizer) + settings.extend_vocab
             matrix = torch.empty(size, model.config.hidden_size, dtype=getattr(torch, dtype))
@@ -198,7 +204,6 @@ def dry_run(settings: Any) -> None:
           f"{tokens:,} tokens of the base tokenizer (from 100 documents a language){more}")  # fmt: skip
     steps = settings.steps or math.ceil(settings.epochs * tokens / (settings.batch_size * settings.seq_len))
 
-    micro_batch_size = settings.micro_batch_size or max(1, settings.batch_size // processes)
     sizes = {"seq_len": settings.seq_len, "batch_size": settings.batch_size, "micro_batch_size": micro_batch_size}
     print_plan(model, **sizes, processes=processes, device_type=device, steps=steps)
     if device == "cuda" and not torch.cuda.is_available():
@@ -208,6 +213,7 @@ def dry_run(settings: Any) -> None:
     if needed > (available_memory(device) or 0):
         print(f"the whole model takes {needed / 1e9:.1f} GB, more than is free here: no time is estimated")
         return
+    print("timing three micro-batches ... (Ctrl-C ends it)", flush=True)
     seconds = time_steps(model, micro_batch_size, settings.seq_len, device)
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     print_time(model, seconds=seconds, **sizes, processes=processes, steps=steps, gpu=gpu)

@@ -23,9 +23,12 @@ from mala.checkpoint import (
     atomic_directory,
     check_whole,
     checkpoints,
+    lock,
     newest_whole,
     read_json,
+    read_state,
     read_weights,
+    set_aside,
     step_of,
     write_json,
 )
@@ -52,31 +55,49 @@ def prepare(settings: Any, corpus: Corpus, device: str, dtype: torch.dtype) -> t
     earlier = read_json(out / "run.json") if (out / "run.json").exists() else {}
     known = earlier.get("files")
     files = file_digests([file for files in corpus.files.values() for file in files], known if isinstance(known, dict) else {})
-    identity = {"model": checkpoint_digest(model), "data": corpus_digest(corpus, files)}
-    identity |= {name: getattr(settings, name) for name in IDENTITY}
+    identity = {name: getattr(settings, name) for name in IDENTITY}
+    identity |= {"langs": sorted(set(settings.langs)), "model": checkpoint_digest(model), "data": corpus_digest(corpus, files)}
     identity = json.loads(json.dumps(identity))  # as it comes back from a file: lists, no tuples
-
-    checkpoint = None
-    if settings.resume == "auto":
-        checkpoint = newest_whole(out / "checkpoints")
-    elif settings.resume != "never":
-        checkpoint = Path(settings.resume)
-        check_whole(checkpoint)
-    if checkpoint:
-        check_identity(checkpoint / STATE, identity, settings)
-    elif settings.resume == "auto" and (out / "adapter").is_dir() and earlier:  # finished, its checkpoints taken away
-        check_identity(out / "run.json", identity, settings)
+    checkpoint = choose_checkpoint(settings, earlier, identity)
 
     made = [out / "held_out"] + ([out / "base"] if settings.extend_vocab else [])
     if settings.resume == "never" or earlier.get("identity") != identity or not all(folder.is_dir() for folder in made):
         make_base(settings, corpus, device, dtype, keep_checkpoints=checkpoint is not None)
-    write_json(out / "run.json", {"identity": identity, "files": files})
-    for later in checkpoints(out / "checkpoints"):  # damaged, or of the way that --resume DIR leaves
-        if step_of(later) > (step_of(checkpoint) if checkpoint else 0):
-            shutil.rmtree(later)
     tokenizer = Tokenizer.from_pretrained(out / "base" if settings.extend_vocab else model)
-    tokenise(corpus, tokenizer, files, Path(settings.tokens or out / "tokens"))
+    if checkpoint and (checkpoint / "tokenizer.model").read_bytes() != tokenizer.model:
+        raise UserError(f"{checkpoint}: has another vocabulary than {tokenizer.name}, which was learnt again; put the base/ "
+                        f"of its own run into {out}, or start over with --resume never")  # fmt: skip
+    write_json(out / "run.json", {"identity": identity, "files": files})
+    folder = out / "checkpoints"
+    for half in folder.glob(".step-*.tmp"):
+        shutil.rmtree(half)
+    for later in checkpoints(folder):  # damaged, or on the way that --resume DIR leaves
+        if checkpoint and step_of(later) > read_state(checkpoint)["step"]:
+            set_aside(later)
+    tokens = Path(settings.tokens or out / "tokens")
+    with lock(tokens, wait=True):  # other runs may share them
+        tokenise(corpus, tokenizer, files, tokens)
     return checkpoint, identity
+
+
+def choose_checkpoint(settings: Any, earlier: dict[str, Any], identity: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from; None: from the beginning. earlier: run.json. Raises UserError where --out or the checkpoint
+    is of a run with another identity."""
+    out = Path(settings.out)
+    if settings.resume == "never":
+        return None
+    if settings.resume == "auto":
+        checkpoint = newest_whole(out / "checkpoints")
+    else:
+        checkpoint = Path(settings.resume)
+        if not checkpoint.is_dir():
+            raise UserError(f"resume is {settings.resume}, expected auto, never or the folder of a checkpoint")
+        check_whole(checkpoint)
+    if checkpoint:
+        check_identity(checkpoint / STATE, read_state(checkpoint)["identity"], identity, settings)
+    if earlier.get("identity") and (checkpoint or (out / "adapter").is_dir()):  # an unfinished run without one is replaced
+        check_identity(out / "run.json", earlier["identity"], identity, settings)
+    return checkpoint
 
 
 def checkpoint_digest(directory: Path) -> str:
@@ -97,9 +118,8 @@ def corpus_digest(corpus: Corpus, files: dict[str, list]) -> str:
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def check_identity(file: Path, identity: dict[str, Any], settings: Any) -> None:
-    """Raise UserError where `file`, of an earlier run, says that it was of another identity."""
-    theirs = read_json(file).get("identity") or {}
+def check_identity(file: Path, theirs: dict[str, Any], identity: dict[str, Any], settings: Any) -> None:
+    """Raise UserError where an earlier run, whose identity stands in `file`, was another than this one."""
     for key, value in identity.items():
         if theirs.get(key) == value:
             continue
@@ -113,11 +133,8 @@ def check_identity(file: Path, identity: dict[str, Any], settings: Any) -> None:
 def make_base(settings: Any, corpus: Corpus, device: str, dtype: torch.dtype, keep_checkpoints: bool) -> None:
     """Hold documents out, learn the vocabulary and extend the checkpoint, in place of what an earlier run left."""
     out, model = Path(settings.out), Path(settings.model)
-    base_tokenizer, test_documents, train_documents = (
-        Tokenizer.from_pretrained(model),
-        corpus.load("test"),
-        corpus.stream("train"),
-    )
+    base_tokenizer = Tokenizer.from_pretrained(model)
+    test_documents, train_documents = corpus.load("test"), corpus.stream("train")
     if settings.extend_vocab:
         words = count_words(sample(train_documents, settings.alpha, settings.seed))
         if settings.vocab_method == "union":
@@ -139,11 +156,11 @@ def make_base(settings: Any, corpus: Corpus, device: str, dtype: torch.dtype, ke
 
 def clear(out: Path, keep_checkpoints: bool) -> None:
     """Make the output folder, and take away what an earlier run left, so that a killed run leaves no mixture of the two."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists():
+    if out.is_dir() and not (out / "run.json").exists() and any(entry.name != ".lock" for entry in out.iterdir()):
         raise UserError(f"{out}: the folder holds something that is no result of train.py; name an empty or a new --out")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.jsonl").touch()  # fails now, not after an hour, where nothing can be written
-    for name in ("run.json", "nll.json", "before.json", "loss.png", "nll.png"):
+    write_json(out / "run.json", {})  # the folder is ours; fails now, not after an hour, where nothing can be written
+    for name in ("nll.json", "metrics.jsonl", "loss.png", "nll.png"):
         (out / name).unlink(missing_ok=True)
-    for name in ("adapter", "base", "held_out", *([] if keep_checkpoints else ["checkpoints"])):
+    for name in ("adapter", "base", "held_out", "tensorboard", *([] if keep_checkpoints else ["checkpoints"])):
         shutil.rmtree(out / name, ignore_errors=True)

@@ -91,7 +91,8 @@ class Tokenizer:
         """Whether the tokens of a text, its words one space apart, are the tokens of its words.
 
         So it is in a BPE model that takes text as it is (NormalizerSpec: no precompiled_charsmap, field 2, and a space put
-        before the text and kept, fields 3 and 5), of which no piece holds `▁` after another character.
+        before the text and kept, fields 3 and 5), of which no piece holds `▁` after another character, and that knows `▁` or
+        bytes: unknown characters that are neighbours are one unknown token, across words, too.
         """
         message = b"".join(value for number, value in message_fields(self.model) if number == 3)
         normalizer = dict(message_fields(message))
@@ -99,7 +100,8 @@ class Tokenizer:
         # USER_DEFINED pieces (type 4, field 3 of a SentencePiece) are cut out before BPE begins, wherever they stand.
         types = (dict(message_fields(piece)).get(3, 1) for number, piece in message_fields(self.model) if number == 1)
         is_simple = 4 not in types and not any(WORD_START in piece.lstrip(WORD_START) for piece in self.scores())
-        return self.model_type == "bpe" and bool(is_plain) and is_simple
+        is_known = WORD_START in self.scores() or len(self.byte_ids) == 256
+        return self.model_type == "bpe" and bool(is_plain) and is_simple and is_known
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)

@@ -50,6 +50,7 @@ def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) 
     seconds = time.perf_counter() - began
     rng = random.Random(seed)
     hit = finished = 0
+    phases = set()
     while hit < len(signals):
         number = signals[hit]
         running = subprocess.Popen(command(disturbed, steps), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -65,7 +66,8 @@ def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) 
             running.send_signal(number)
             out, err = running.communicate(timeout=60)
         hit += 1
-        print(f"{number.name} {hit} after {moment:.1f} s: {checkpoint_names(disturbed)}", flush=True)
+        phases.add(phase(disturbed, steps))
+        print(f"{number.name} {hit} after {moment:.1f} s, {phase(disturbed, steps)}: {checkpoint_names(disturbed)}", flush=True)
         if number == signal.SIGKILL:
             assert running.returncode == -signal.SIGKILL
         elif running.returncode == 0:  # during training; before that there is nothing to save, and the process just ends
@@ -74,9 +76,20 @@ def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) 
             assert running.returncode == -number, (running.returncode, err)
     done = subprocess.run(command(disturbed, steps), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "training" in phases, f"no signal came during training, only during {phases}; take another --seed"
     found, expected = outcome(disturbed, steps), outcome(calm, steps)
     for key, value in expected.items():
         assert found[key] == value, f"{key} differs from that of the undisturbed run"
+
+
+def phase(out: Path, steps: int) -> str:
+    """What the run was doing when it was stopped."""
+    if not (out / "nll.json").exists():
+        return "preparing"
+    if list(out.glob("checkpoints/.step-*.tmp")):
+        return "saving"
+    last = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return "measuring" if last[-1:] == [steps] else "training" if last else "starting"
 
 
 def checkpoint_names(out: Path) -> str:

@@ -75,21 +75,23 @@ def test_a_sharded_model_computes_what_the_whole_one_does():
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr
 
 
-def start_and_signal(out, number):
-    """Send one of two processes a signal in the midst of training: status and output of the whole job."""
+def start_and_signal(out, number, to_torchrun=False):
+    """Send one of two processes, or torchrun, a signal in the midst of training: status and output of the whole job."""
     command = [*TORCHRUN, "2", ROOT / "train.py", *SETTINGS, "--steps", "100000", "--save-every", "10", "--out", out]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+                           start_new_session=True)  # fmt: skip
     try:
         deadline = time.monotonic() + 60
         while not (out / "checkpoints/step-20").is_dir() and time.monotonic() < deadline:
             time.sleep(0.05)
         found = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
         assert len(found) == 2, found
-        os.kill(int(found[1]), number)
+        os.kill(job.pid if to_torchrun else int(found[1]), number)
         printed, errors = job.communicate(timeout=60)
         return job.returncode, printed, errors
     finally:
-        job.kill()
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
 
 
 def test_a_killed_process_ends_the_job_with_a_sentence(tmp_path):
@@ -100,9 +102,13 @@ def test_a_killed_process_ends_the_job_with_a_sentence(tmp_path):
     assert "Signal 9 (SIGKILL)" in errors
 
 
-def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tmp_path):
-    status, printed, _ = start_and_signal(tmp_path / "out", signal.SIGTERM)
-    assert status == 0 and "with a checkpoint; the same command goes on there" in printed
+@pytest.mark.parametrize("to_torchrun", [False, True])
+def test_a_signal_stops_all_processes_with_a_checkpoint(to_torchrun, tmp_path):
+    status, printed, _ = start_and_signal(tmp_path / "out", signal.SIGTERM, to_torchrun)
+    assert "with a checkpoint; the same command goes on there" in printed
+    assert status == (1 if to_torchrun else 0)  # torchrun itself calls it a failure
+    step = int(printed.split("stopped after step ")[1].split()[0])
+    assert (tmp_path / f"out/checkpoints/step-{step}/training_state.json").exists()
 
 
 def test_a_mistake_is_said_once(tmp_path):

@@ -64,7 +64,7 @@ def test_a_finished_run_says_so_and_stays(out, train):
     message = train(*SHORT, "--out", out)
     assert "this run is finished" in message and "held-out NLL" in message
     changed = {file.name for file, time in files.items() if not file.exists() or file.stat().st_mtime_ns != time}
-    assert changed <= {"run.json", "index.json"}  # written again, the same
+    assert changed <= {"run.json", "index.json", ".lock"}  # written again, the same
     shutil.rmtree(out / "checkpoints")
     assert "this run is finished" in train(*SHORT, "--out", out)
     message = train(*SHORT, "--seed", 5, "--out", out)
@@ -97,13 +97,12 @@ def test_a_damaged_checkpoint_is_passed_over(whole, out, train):
     file = out / "checkpoints/step-6/optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     message = train(*SHORT, "--out", out)
-    assert "step-6: passed over, the checkpoint before it is taken" in message and "going on after step 4" in message
-    assert outcome(out, 6) == outcome(whole, 6)
+    assert "step-6: damaged, so one before it is looked for" in message and "going on after step 4" in message
+    assert outcome(out, 6) == outcome(whole, 6) and (out / "checkpoints/step-6.aside").is_dir()
     (out / "checkpoints/step-6/training_state.json").unlink()
     assert "step-6/training_state.json: there is no such file" in train(
         *SHORT, "--resume", out / "checkpoints/step-6", "--out", out
     )
-    assert "nowhere/adapter_model.safetensors: missing or damaged" in train(*SHORT, "--resume", out / "nowhere", "--out", out)
 
 
 def test_another_run_is_not_continued(out, train, tmp_path):
@@ -113,7 +112,7 @@ def test_another_run_is_not_continued(out, train, tmp_path):
     for args, message in [
         (["--seed", 1], "training_state.json: the earlier run had seed 0, this one has 1"),
         (["--batch-size", 8], "the earlier run had batch_size 4, this one has 8"),
-        (["--langs", "swh_Latn"], "other data than"),
+        (["--langs", "swh_Latn"], "had langs ['amh_Ethi', 'swh_Latn'], this one has ['swh_Latn']"),
     ]:
         refused = train(*SHORT, *args, "--out", out)
         assert message in refused and "name another --out, or start over with --resume never" in refused
@@ -147,10 +146,68 @@ def test_what_was_prepared_is_not_made_again(out, train, monkeypatch):
     assert "going on after step 4" in train(*SHORT, "--out", out) and (out / "base").is_dir()
 
 
-def test_a_run_of_the_first_version_is_replaced(out, train):
-    for name in ("run.json", "checkpoints", "held_out", "tokens"):
-        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
-    assert "6 steps" in train(*SHORT, "--out", out)
+def test_when_no_checkpoint_is_whole_nothing_is_taken_away(out, train):
+    unfinish(out)
+    for file in out.glob("checkpoints/*/optimizer.safetensors"):
+        file.write_bytes(b"")
+    assert "out/checkpoints: no checkpoint is whole; bring one back, or start over with --resume never" in train(
+        *SHORT, "--out", out
+    )
+    assert len(mala.checkpoint.checkpoints(out / "checkpoints")) == 2
+    (out / "checkpoints/step-6/training_state.json").write_text("{}")
+    for path in ("step-6", "../base"):
+        assert "missing or damaged" in train(*SHORT, "--out", out, "--resume", out / "checkpoints" / path)
+
+
+def test_a_checkpoint_may_have_another_name_and_what_came_after_it_stays_aside(whole, out, train):
+    (out / "checkpoints/step-4").rename(out / "best")
+    message = train(*SHORT, "--out", out, "--resume", out / "best")
+    assert "best: going on after step 4 of 6" in message and "step-6: set aside as step-6.aside" in message
+    assert outcome(out, 6) == outcome(whole, 6)
+    shutil.copytree(out / "best", out / "checkpoints/step-4")
+    train(*SHORT, "--out", out, "--resume", out / "checkpoints/step-4", "--keep", 1)
+    assert (out / "checkpoints/step-4").is_dir()  # the same command, given again, asks for it
+    assert "resume is atuo, expected auto, never or the folder of a checkpoint" in train(
+        *SHORT, "--resume", "atuo", "--out", out
+    )
+
+
+def test_a_checkpoint_goes_into_no_other_run_s_folder(whole, tmp_path, train):
+    train(*SHORT, "--seed", 7, "--out", tmp_path / "out")
+    message = train(*SHORT, "--resume", whole / "checkpoints/step-4", "--out", tmp_path / "out")
+    assert "out/run.json: the earlier run had seed 7, this one has 0" in message and (tmp_path / "out/adapter").is_dir()
+    message = train(*SHORT, "--resume", whole / "checkpoints/step-4", "--out", tmp_path / "new")
+    assert "going on after step 4 of 6" in message  # prepared anew, the same
+    shutil.rmtree(tmp_path / "new")
+    shutil.copytree(whole / "checkpoints/step-4", tmp_path / "step-4")
+    shutil.copyfile(ROOT / "assets/tiny-llama/tokenizer.model", tmp_path / "step-4/tokenizer.model")
+    message = train(*SHORT, "--resume", tmp_path / "step-4", "--out", tmp_path / "new")
+    assert "step-4: has another vocabulary than" in message
+
+
+def test_fewer_steps_than_there_are_is_a_mistake(out, train):
+    unfinish(out)
+    assert "step-6: has 6 steps, this run only 4; name another --out or more --steps" in train(
+        *SHORT, "--steps", 4, "--out", out
+    )
+
+
+def test_two_runs_do_not_write_into_one_folder(out, tmp_path, train):
+    with mala.checkpoint.lock(out):
+        assert "out: another run is writing here; wait for it, or name another folder" in train(*SHORT, "--out", out)
+    assert "this run is finished" in train(*SHORT, "--out", out)
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, train):
+    for file in ("out/metrics.jsonl", "out/checkpoints/best.pt", "tokens/pytorch_model.bin"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("of another program")
+    message = train(*SHORT, "--out", tmp_path / "out")
+    assert "out: the folder holds something that is no result of train.py" in message
+    assert "6 steps" in train(*SHORT, "--out", tmp_path / "new", "--tokens", tmp_path / "tokens")
+    assert not (tmp_path / "new/tokens").exists() and (tmp_path / "tokens/swh_Latn.0.bin").exists()
+    for file in ("out/checkpoints/best.pt", "tokens/pytorch_model.bin"):
+        assert (tmp_path / file).read_text() == "of another program"
 
 
 @pytest.fixture
@@ -185,15 +242,16 @@ def test_sigterm_finishes_the_step_and_saves(whole, tmp_path, train, monkeypatch
 
     def add(self, loss, waited):
         original(self, loss, waited)
-        if self.state.get("step", 0) == 0 and self.bar.n == 3:
+        if self.bar.n == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(mala.log.RunLog, "add", add)
     monkeypatch.setattr(mala.log, "tqdm", lambda **settings: Counter(settings["initial"]))
-    message = train(*SHORT, "--out", tmp_path / "out")
-    assert "out: stopped after step 4 of 6, with a checkpoint" in message  # the signal came after step 3 was agreed upon
+    message = train(*SHORT, "--save-every", 100, "--out", tmp_path / "out")
+    assert "out: stopped after step 4 of 6, with a checkpoint; the same command goes on there" in message  # 3 was agreed upon
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    monkeypatch.undo()
+    message = train(*SHORT, "--save-every", 100, "--out", tmp_path / "out")
+    assert "step-4: going on after step 4 of 6" in message and outcome(tmp_path / "out", 6) == outcome(whole, 6)
 
 
 class Counter:
@@ -246,7 +304,7 @@ def test_held_out_text_is_measured_on_the_way_and_the_pictures_are_drawn(tmp_pat
 
 
 def test_without_tensorboard_the_flag_says_what_to_install(tmp_path, train, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = train(*SHORT, "--tensorboard", "--out", tmp_path / "out")
     assert "--tensorboard takes the package tensorboard: pip install tensorboard" in message
 
@@ -259,6 +317,6 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tmp_path, train):
     shutil.copytree(ROOT / "assets/tiny-llama", tmp_path / "model")
     (tmp_path / "model/model.safetensors").unlink()
     message = train(*SHORT, "--dry-run", "--model", tmp_path / "model", "--out", tmp_path / "out")
-    assert "training 643,104 of 1,447,072 parameters" in message or "training 6" in message
+    assert "vocabulary: 2,048 pieces + 500 = 2,548, at most" in message and "training 668,672 of" in message
     assert "6 steps: 24 blocks, 768 tokens" in message and "a micro-batch" in message and "total" in message
     assert not (tmp_path / "out").exists()
