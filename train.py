@@ -204,8 +204,6 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
     if world.is_main:
         write_json(out / "nll.json", {"before": nll["before"]})
 
-    few_documents = {language: texts[: settings.eval_documents] for language, texts in test_documents.items()}
-
     # LoRA, and the parameters that train: A, B and the modules saved whole.
     model = Llama.from_pretrained(base, dtype, world.device)
     torch.manual_seed(settings.seed)  # for A, which starts at random
@@ -250,6 +248,7 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
     # Training.
     log = RunLog(out, state, steps, tokens_a_step, flops * tokens_a_step, peak_flops and peak_flops * world.size, world.device,
                  world.is_main, settings.tensorboard)  # fmt: skip
+    few_documents = {language: texts[: settings.eval_documents] for language, texts in test_documents.items()}
     model.train()
     loaded = read_ahead(lambda step: batches.share(step, world.rank, world.size), range(done, steps))
     with catch_signals() as signals, contextlib.closing(log):
@@ -284,9 +283,10 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
 
             step += 1
             log.add(step_loss, waited)
-            is_due = settings.eval_every is not None and step % settings.eval_every == 0
-            with log.paused():
-                measured = measure(few_documents, f"NLL at step {step}") if is_due else None
+            measured = None
+            if settings.eval_every and step % settings.eval_every == 0:
+                with log.paused():
+                    measured = measure(few_documents, f"NLL at step {step}")
             if step % settings.log_every == 0 or step == steps or measured:
                 log.write(step, measured, lr=lr, grad_norm=grad_norm)
             if step % settings.save_every == 0 or step == steps or stop:

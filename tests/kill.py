@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a model so small gains nothing from more, and busy cores would make them wait
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # a model so small gains nothing from more, which would wait on busy cores
 TIMED = ("tokens_per_second", "waiting", "peak_memory_gb", "mfu")
 
 
@@ -46,14 +46,16 @@ def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) 
     """Disturb a run with one signal after the other. Raise AssertionError where it ends otherwise than an undisturbed one."""
     calm, disturbed = folder / "calm", folder / "disturbed"
     began = time.perf_counter()
-    subprocess.run(command(calm, steps), check=True, capture_output=True)
+    subprocess.run(command(calm, steps), check=True, capture_output=True, env=ENVIRONMENT)
     seconds = time.perf_counter() - began
     rng = random.Random(seed)
     hit = finished = 0
     phases = set()
     while hit < len(signals):
         number = signals[hit]
-        running = subprocess.Popen(command(disturbed, steps), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(
+            command(disturbed, steps), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
         moment = rng.uniform(0, seconds)
         try:
             out, err = running.communicate(timeout=moment)
@@ -74,7 +76,7 @@ def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) 
             assert "stopped after step" in out or "held-out NLL" in out, (out, err)
         else:
             assert running.returncode == -number, (running.returncode, err)
-    done = subprocess.run(command(disturbed, steps), capture_output=True, text=True)
+    done = subprocess.run(command(disturbed, steps), capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert "training" in phases, f"no signal came during training, only during {phases}; take another --seed"
     found, expected = outcome(disturbed, steps), outcome(calm, steps)

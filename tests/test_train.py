@@ -81,7 +81,8 @@ def test_metrics_are_one_object_a_logged_step(demo):
 def test_what_it_leaves_loads_in_transformers_and_peft(demo):
     out = demo[0] / "out/demo"
     assert sorted(entry.name for entry in out.iterdir()) == [
-        "adapter", "base", "checkpoints", "held_out", "loss.png", "metrics.jsonl", "nll.json", "nll.png", "run.json", "tokens"
+        ".lock", "adapter", "base", "checkpoints", "held_out", "loss.png", "metrics.jsonl", "nll.json", "nll.png", "run.json",
+        "tokens",
     ]  # fmt: skip
     assert sorted(entry.name for entry in (out / "checkpoints").iterdir()) == ["step-150", "step-167"]
     tokenizer = Tokenizer.from_pretrained(out / "adapter")
