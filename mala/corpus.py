@@ -150,28 +150,38 @@ def _split_of(file: Path) -> str | None:
     return found and {"validation": "dev"}.get(found[1], found[1])
 
 
-def read_documents(file: Path) -> Iterator[str]:
-    """The documents of one corpus file, blank ones left out. Raises UserError that names the file and the line."""
+def read_documents(file: Path, first: int = 0, end: int | None = None) -> Iterator[str]:
+    """The documents of one corpus file, blank ones left out. Raises UserError that names the file and the line.
+
+    first, end: of a .txt or .jsonl file, only the lines that begin from byte `first` to before byte `end`; the number of a line
+    in an error then counts from the first of them.
+    """
     kind = _format_of(file)
     if kind in (".parquet", ".arrow"):
         texts = _read_arrow(file)
     elif kind == ".jsonl":
-        texts = (_json_text(file, number, line) for number, line in read_lines(file) if line.strip())
+        texts = (_json_text(file, number, line) for number, line in read_lines(file, first, end) if line.strip())
     elif kind == ".tsv":
         texts = _read_tsv(file)
     else:
-        texts = (line for _, line in read_lines(file))
+        texts = (line for _, line in read_lines(file, first, end))
     return (text for text in texts if text.strip())
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
+def read_lines(file: Path, first: int = 0, end: int | None = None) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its end) of a UTF-8 file, plain or `.gz`; a byte-order mark is dropped."""
     opened = gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")
     with opened as lines:
         try:
+            if first:  # on to where a line begins, maybe here
+                lines.seek(first - 1)
+                first += len(lines.readline()) - 1
             for number, raw in enumerate(lines, 1):  # bytes: only \n ends a line, not U+2028 and its like
+                if end is not None and first >= end:
+                    break
+                first += len(raw)
                 line = raw.decode().rstrip("\r\n")
-                yield number, line.removeprefix("\ufeff") if number == 1 else line
+                yield number, line.removeprefix("\ufeff") if first == len(raw) else line
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{file}: line {number} is not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "

@@ -1,11 +1,11 @@
 """Token files, and what every training step sees of them.
 
-A corpus is tokenised once, by as many processes as there are cores. For every corpus file there is a token file, which holds
-the tokens of its documents, `<s>` before each (and nowhere else), as little-endian uint16, or as uint32 where the vocabulary
-takes it. `index.json` says which file came from what, so that only what changed is tokenised again:
+A corpus is tokenised once, by as many processes as there are cores. For every corpus file, or every 256 MB of a large one, there
+is a token file, which holds the tokens of its documents, `<s>` before each (and nowhere else), as little-endian uint16, or as
+uint32 where the vocabulary takes it. `index.json` says which came from what, so that only what changed is tokenised again:
 
     {"tokenizer": SHA-256, "dtype": "uint16", "languages": {"swh_Latn": [
-        {"source": "swh_Latn.txt", "digest": SHA-256, "file": "swh_Latn.0.bin", "documents": 5, "tokens": 130}, ...]}}
+        {"source": "swh_Latn.txt", "digest": SHA-256, "file": "swh_Latn.0.0.bin", "documents": 5, "tokens": 130}, ...]}}
 
 Packing is MaLA-500's: everything of a language in a row, cut into blocks of `seq_len`. How often a language is drawn is
 decided when training begins, from the index.
@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ from mala.corpus import LANGUAGE, Corpus, language_shares, read_documents
 from mala.tokenizer import Tokenizer, WordPacker
 
 POOL_BYTES = 2**22  # what is smaller is tokenised before other processes have started
+PART_BYTES = 2**28  # a process's portion of a corpus file
 PREFETCH = 2  # batches that are read ahead
 Batch = TypeVar("Batch")
 
@@ -88,45 +90,72 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
     # What languages that are not in this corpus have there may be another run's.
     languages = {language: parts for language, parts in index["languages"].items() if language not in corpus.files}
     jobs = []
-    for language in corpus.languages:
-        for number, source in enumerate(corpus.documents(language, "train").files):
-            wanted = {"source": source.name, "digest": digests[str(source.resolve())][2], "file": f"{language}.{number}.bin"}
-            part = made.get(wanted["file"], {})
-            if {**part, **wanted} == part and _size(root / part["file"]) == part["tokens"] * np.dtype(dtype).itemsize:
-                languages.setdefault(language, []).append(part)
-            else:
-                jobs.append((language, source, wanted))
+    for job in _portions(corpus, digests):
+        part = made.get(job.entry["file"], {})
+        if {**part, **job.entry} == part and _size(root / part["file"]) == part["tokens"] * np.dtype(dtype).itemsize:
+            languages.setdefault(job.language, []).append(part)
+        else:
+            jobs.append(job)
     write_json(root / "index.json", {**made_by, "languages": languages})  # what is made anew is not in it while it changes
     for name in set(older) - {part["file"] for parts in languages.values() for part in parts}:
-        if re.fullmatch(rf"{LANGUAGE.pattern}\.\d+\.bin", name):
+        if re.fullmatch(rf"{LANGUAGE.pattern}\.\d+\.\d+\.bin", name):
             (root / name).unlink(missing_ok=True)
 
-    jobs.sort(key=lambda job: -job[1].stat().st_size)  # the largest first: none is left to one process at the end
-    size = sum(source.stat().st_size for _, source, _ in jobs)
-    with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        for (language, source, wanted), (documents, tokens) in _in_parallel(jobs, size, root, tokenizer, dtype):
-            parts = languages.setdefault(language, [])
-            parts.append({**wanted, "documents": documents, "tokens": tokens})
-            parts.sort(key=lambda part: int(part["file"].split(".")[1]))
+    jobs.sort(key=lambda job: -job.size)  # the largest first: none is left to one process at the end
+    with tqdm(
+        total=sum(job.size for job in jobs), desc="tokenising", unit="B", unit_scale=True, leave=False, disable=None
+    ) as bar:
+        for job, (documents, tokens) in _in_parallel(jobs, root, WordPacker(tokenizer, dtype)):
+            parts = languages.setdefault(job.language, [])
+            parts.append({**job.entry, "documents": documents, "tokens": tokens})
+            parts.sort(key=lambda part: [int(number) for number in part["file"].split(".")[1:3]])
             write_json(root / "index.json", {**made_by, "languages": dict(sorted(languages.items()))})
-            bar.update(source.stat().st_size)
+            bar.update(job.size)
+
+
+@dataclass
+class Job:
+    """A portion of a corpus file: its lines from byte `first` to before `end`. entry: what the index will say of it."""
+
+    language: str
+    source: Path
+    first: int
+    end: int | None
+    size: int
+    entry: dict[str, Any]
+
+
+def _portions(corpus: Corpus, digests: dict[str, list]) -> Iterator[Job]:
+    """All files of a corpus's train split in order, the large ones in portions, where they have lines to cut at."""
+    for language in corpus.languages:
+        for number, source in enumerate(corpus.documents(language, "train").files):
+            size, _, digest = digests[str(source.resolve())]
+            step = PART_BYTES if source.suffix in (".txt", ".jsonl") and size > PART_BYTES else None
+            for portion, first in enumerate(range(0, size, step) if step else [0]):
+                end = first + step if step else None
+                entry = {
+                    "source": source.name,
+                    "digest": digest,
+                    "bytes": [first, end],
+                    "file": f"{language}.{number}.{portion}.bin",
+                }
+                yield Job(language, source, first, end, min(step or size, size - first), entry)
 
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else -1
 
 
-def _in_parallel(jobs: list[tuple], size: int, root: Path, tokenizer: Tokenizer, dtype: str) -> Iterator[tuple]:
+def _in_parallel(jobs: list[Job], root: Path, packer: WordPacker) -> Iterator[tuple[Job, tuple[int, int]]]:
     """(job, (documents, tokens)) of every job as it is finished."""
-    packer = WordPacker(tokenizer, dtype)
-    if size < POOL_BYTES or len(jobs) == 1:
-        yield from ((job, _tokenise_file(job[1], root / job[2]["file"], packer)) for job in jobs)
+    if len(jobs) == 1 or sum(job.size for job in jobs) < POOL_BYTES:
+        yield from ((job, _tokenise_portion(job, root, packer)) for job in jobs)
         return
     # On Linux a fork, as PyTorch's DataLoader does: a new interpreter would import PyTorch for seconds.
     start = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(min(len(jobs), cores()), start, _start_worker, (packer,)) as pool:
         try:
-            running = {pool.submit(_work, job[1], root / job[2]["file"]): job for job in jobs}
+            running = {pool.submit(_work, job, root): job for job in jobs}
             for done in as_completed(running):
                 yield running[done], done.result()
         except BrokenProcessPool:
@@ -152,18 +181,23 @@ def _start_worker(packer: WordPacker) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _work(source: Path, target: Path) -> tuple[int, int]:
-    return _tokenise_file(source, target, _packer)
+def _work(job: Job, root: Path) -> tuple[int, int]:
+    return _tokenise_portion(job, root, _packer)
 
 
-def _tokenise_file(source: Path, target: Path, packer: WordPacker) -> tuple[int, int]:
-    """Write the tokens of a corpus file; returns how many documents and tokens these are."""
+def _tokenise_portion(job: Job, root: Path, packer: WordPacker) -> tuple[int, int]:
+    """Write the token file of a job; returns how many documents and tokens these are."""
     documents = 0
-    with atomic_file(target, "wb") as file:
-        for text in read_documents(source):
-            file.write(packer.pack(text))
-            documents += 1
-        return documents, file.tell() // packer.dtype.itemsize
+    try:
+        with atomic_file(root / job.entry["file"], "wb") as file:
+            for text in read_documents(job.source, job.first, job.end):
+                file.write(packer.pack(text))
+                documents += 1
+            return documents, file.tell() // packer.dtype.itemsize
+    except UserError:
+        if job.first:  # read from the beginning the mistake has its right line number
+            deque(read_documents(job.source), maxlen=0)
+        raise
 
 
 class Stream:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import mala.data
 from mala.cli import UserError
-from mala.corpus import Corpus
-from mala.data import Batches, Stream, file_digests, open_streams, read_ahead, tokenise
-from mala.tokenizer import Tokenizer
+from mala.corpus import Corpus, read_documents
+from mala.data import Batches, Job, Stream, file_digests, open_streams, read_ahead, tokenise
+from mala.tokenizer import Tokenizer, WordPacker
 from mala.vocab import append_pieces
 
 TOKENIZER = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
@@ -56,7 +56,7 @@ def test_token_files_hold_every_document_after_bos_in_order(tmp_path):
         "amh_Ethi": 24, "deu_Latn": 33, "eng_Latn": 1, "swh_Latn": 8}  # fmt: skip
     assert all_of(streams["swh_Latn"]) == expected_tokens(LINES)
     assert all_of(streams["deu_Latn"]) == expected_tokens([*LINES[::-1] * 3, "blank", *LINES])
-    assert (tmp_path / "tokens/swh_Latn.0.bin").read_bytes() == np.array(expected_tokens(LINES), "<u2").tobytes()
+    assert (tmp_path / "tokens/swh_Latn.0.0.bin").read_bytes() == np.array(expected_tokens(LINES), "<u2").tobytes()
     with open(tmp_path / "tokens/index.json") as index:
         assert json.load(index)["dtype"] == "uint16"
 
@@ -79,8 +79,8 @@ def test_blocks_are_those_of_mala_500s_grouping(tmp_path):
 
 def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
     done = []
-    original = mala.data._tokenise_file
-    monkeypatch.setattr(mala.data, "_tokenise_file", lambda *args: (done.append(args[0].stem), original(*args))[1])
+    original = mala.data._tokenise_portion
+    monkeypatch.setattr(mala.data, "_tokenise_portion", lambda *args: (done.append(args[0].language), original(*args))[1])
     corpus, tokens = tmp_path / "corpus", tmp_path / "tokens"
     write_corpus(corpus, swh_Latn=LINES, amh_Ethi=LINES, eng_Latn=LINES)
 
@@ -96,7 +96,7 @@ def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
     write_corpus(corpus, swh_Latn=LINES[:-1] + ["<s> is TEXT"])  # the same number of bytes
     names, streams = again()
     assert names == ["swh_Latn"] and all_of(streams["swh_Latn"]) == expected_tokens(LINES[:-1] + ["<s> is TEXT"])
-    (tokens / "eng_Latn.0.bin").write_bytes((tokens / "eng_Latn.0.bin").read_bytes()[:-2])  # truncated
+    (tokens / "eng_Latn.0.0.bin").write_bytes((tokens / "eng_Latn.0.0.bin").read_bytes()[:-2])  # truncated
     assert again()[0] == ["eng_Latn"]
     (corpus / "amh_Ethi.jsonl").rename(tmp_path / "amh_Ethi.jsonl")
     names, streams = again()
@@ -108,21 +108,21 @@ def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
     assert names == ["amh_Ethi", "eng_Latn", "swh_Latn"]
     (corpus / "eng_Latn.jsonl").unlink()
     names, streams = again()
-    assert names == ["amh_Ethi", "swh_Latn"] and not (tokens / "eng_Latn.0.bin").exists()  # of another tokenizer
+    assert names == ["amh_Ethi", "swh_Latn"] and not (tokens / "eng_Latn.0.0.bin").exists()  # of another tokenizer
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     write_corpus(tmp_path / "corpus", **{f"{letter * 3}_Latn": LINES for letter in "abcdef"})
-    original, done = mala.data._tokenise_file, []
+    original, done = mala.data._tokenise_portion, []
 
-    def dies(source, target, packer):
-        done.append(source.stem)
+    def dies(job, root, packer):
+        done.append(job.language)
         if len(done) == 4:
-            target.with_name(f".{target.name}.tmp").write_bytes(b"half")
+            (root / f".{job.entry['file']}.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
-        return original(source, target, packer)
+        return original(job, root, packer)
 
-    monkeypatch.setattr(mala.data, "_tokenise_file", dies)
+    monkeypatch.setattr(mala.data, "_tokenise_portion", dies)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "corpus", tmp_path / "tokens")
     streams = make(tmp_path / "corpus", tmp_path / "tokens")
@@ -156,9 +156,32 @@ def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
             os.kill(child.pid, signal.SIGKILL)
 
     threading.Thread(target=kill).start()
-    jobs = [("aaa_Latn", fifo, {"file": f"{fifo.name}.bin"}) for fifo in fifos]
+    jobs = [Job("aaa_Latn", fifo, 0, None, mala.data.POOL_BYTES, {"file": f"{fifo.name}.bin"}) for fifo in fifos]
     with pytest.raises(UserError, match="a process that tokenised was killed"):
-        list(mala.data._in_parallel(jobs, mala.data.POOL_BYTES, tmp_path, TOKENIZER, "uint16"))
+        list(mala.data._in_parallel(jobs, tmp_path, WordPacker(TOKENIZER, "uint16")))
+
+
+@given(lines=st.lists(st.text(st.sampled_from("a é😀\r"), max_size=6), max_size=12), part=st.integers(1, 40), bom=st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_a_file_in_portions_has_the_same_documents(lines, part, bom, tmp_path_factory):
+    file = tmp_path_factory.mktemp("portions") / "swh_Latn.txt"
+    file.write_bytes(("\ufeff" * bom + "\n".join(lines)).encode())
+    portions = range(0, file.stat().st_size, part)
+    assert [text for first in portions for text in read_documents(file, first, first + part)] == list(read_documents(file))
+
+
+def test_portions_are_put_together_again_and_a_mistake_has_its_line(tmp_path, monkeypatch):
+    write_corpus(tmp_path / "corpus", swh_Latn=LINES * 30, amh_Ethi=LINES)
+    whole = make(tmp_path / "corpus", tmp_path / "whole", held_out=0.1)
+    monkeypatch.setattr(mala.data, "PART_BYTES", 500)
+    parts = make(tmp_path / "corpus", tmp_path / "parts", held_out=0.1)
+    assert len(list((tmp_path / "parts").glob("swh_Latn.0.*.bin"))) > 12
+    for language, stream in whole.items():
+        assert all_of(parts[language]) == all_of(stream) and parts[language].documents == stream.documents
+    with open(tmp_path / "corpus/swh_Latn.jsonl", "a") as file:
+        file.write("no JSON\n")
+    with pytest.raises(UserError, match=r"swh_Latn.jsonl: line 241 is not a JSON object"):
+        make(tmp_path / "corpus", tmp_path / "parts")
 
 
 def test_digests_follow_the_content_and_are_read_once(tmp_path, monkeypatch):

@@ -205,7 +205,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, train):
     message = train(*SHORT, "--out", tmp_path / "out")
     assert "out: the folder holds something that is no result of train.py" in message
     assert "6 steps" in train(*SHORT, "--out", tmp_path / "new", "--tokens", tmp_path / "tokens")
-    assert not (tmp_path / "new/tokens").exists() and (tmp_path / "tokens/swh_Latn.0.bin").exists()
+    assert not (tmp_path / "new/tokens").exists() and (tmp_path / "tokens/swh_Latn.0.0.bin").exists()
     for file in ("out/checkpoints/best.pt", "tokens/pytorch_model.bin"):
         assert (tmp_path / file).read_text() == "of another program"
 
