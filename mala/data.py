@@ -1,8 +1,8 @@
 """Token files, and what every training step sees of them.
 
-A corpus is tokenised once, by as many processes as there are cores. For every corpus file, or every 256 MB of a large one, there
-is a token file, which holds the tokens of its documents, `<s>` before each (and nowhere else), as little-endian uint16, or as
-uint32 where the vocabulary takes it. `index.json` says which came from what, so that only what changed is tokenised again:
+A corpus is tokenised once, by as many processes as there are cores. Every corpus file, and every 256 MB of a large one, gets a
+token file, which holds the tokens of its documents, `<s>` before each (and nowhere else), as little-endian uint16, or as uint32
+where the vocabulary takes it. `index.json` says which came from what, so that only what changed is tokenised again:
 
     {"tokenizer": SHA-256, "dtype": "uint16", "languages": {"swh_Latn": [
         {"source": "swh_Latn.txt", "digest": SHA-256, "file": "swh_Latn.0.0.bin", "documents": 5, "tokens": 130}, ...]}}
