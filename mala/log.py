@@ -142,7 +142,7 @@ def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None
         right.plot(
             [line["step"] for line in measured], [line["nll_per_document"] for line in measured], "o--", color="tab:orange"
         )
-        right.set_ylabel("held-out NLL, nats a document, mean of the languages", color="tab:orange")
+        right.set_ylabel("held-out NLL, nats a document", color="tab:orange")
     _save(figure, out / "loss.png")
 
     before, after = before["languages"], after["languages"]
@@ -155,6 +155,8 @@ def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None
         axis.plot(x, ends[0], "o", color="black", markerfacecolor="white", markersize=4)
         axis.plot(x, ends[1], "o", color="tab:green" if ends[1] < ends[0] else "tab:red", markersize=4)
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_ylabel("held-out NLL, nats a document")
     axis.set_xlim(-1, len(languages))
     axis.set_xticks(range(len(languages)) if named else [], languages if named else [], rotation=90, fontsize=7)
