@@ -1,6 +1,6 @@
 """Adapt a LLaMA checkpoint to the languages of a corpus, as MaLA-500 did (arXiv 2401.13303).
 
-    python train.py                                            configs/demo.toml: the bundled tiny LLaMA and corpus, on a CPU
+    python train.py                       the defaults, as in configs/demo.toml: the bundled tiny LLaMA and corpus, on a CPU
     python train.py --config configs/mala500.toml --model DIR --data DIR --out DIR
     torchrun --nproc-per-node 8 train.py --config ...          the same on eight GPUs
 
@@ -36,7 +36,7 @@ from mala.checkpoint import (
     read_state,
     read_tensors,
     write_json,
-    write_optimizer,
+    write_training_state,
 )
 from mala.cli import UserError, choose_device, option, parse, print_table, run
 from mala.corpus import Corpus
@@ -89,7 +89,7 @@ class Settings:
     weight_decay: float = option(0.1, "AdamW's")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     alpha: float = option(0.3, "languages are drawn by n^alpha, n their number of documents")
-    seed: int = option(0, "decides, with the steps and the corpus, every bit of the result on one machine")
+    seed: int = option(0, "decides, with the other settings and the corpus, every bit of the result on one machine")
 
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
     save_every: int = option(50, "steps between two checkpoints")
@@ -123,6 +123,11 @@ class Settings:
         for source in (self.model, self.data):
             if Path(self.out).resolve() in (Path(source) / "inside").resolve().parents:
                 raise UserError(f"{source}: lies in --out {self.out}, whose results are replaced; name another --out")
+
+    def lora(self) -> LoRAConfig:
+        return LoRAConfig(
+            self.r, self.lora_alpha, self.lora_dropout, self.target_modules, self.modules_to_save, self.use_rslora
+        )
 
     def micro_batch(self, processes: int) -> int:
         """Blocks a forward pass of each process."""
@@ -164,9 +169,7 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
     base_tokenizer.check_fits(shapes.config.vocab_size)
     if settings.seq_len > (longest := shapes.config.max_position_embeddings):
         raise UserError(f"seq_len is {settings.seq_len}, but {base} reads {longest} tokens at most (max_position_embeddings)")
-    lora = LoRAConfig(settings.r, settings.lora_alpha, settings.lora_dropout, settings.target_modules, settings.modules_to_save,
-                      settings.use_rslora)  # fmt: skip
-    find_targets(shapes, lora)
+    find_targets(shapes, settings.lora())
     corpus = Corpus(settings.data, settings.langs, settings.held_out, settings.max_held_out)
     peak_flops = plan.peak_flops(torch.cuda.get_device_name()) if world.device != "cpu" else None
 
@@ -204,10 +207,10 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
     if world.is_main:
         write_json(out / "nll.json", {"before": nll["before"]})
 
-    # LoRA, and the parameters that train: A, B and the modules saved whole.
+    # LoRA, and the parameters that train, in float32: A, B and the modules saved whole. The others are frozen, in --dtype.
     model = Llama.from_pretrained(base, dtype, world.device)
     torch.manual_seed(settings.seed)  # for A, which starts at random
-    add_lora(model, lora)
+    add_lora(model, settings.lora())
     model.gradient_checkpointing = settings.gradient_checkpointing
     summary = parameter_report(model)
     flops = plan.flops_per_token(model, settings.seq_len)
@@ -234,14 +237,14 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
             with atomic_directory(out / "checkpoints" / f"step-{step}", replace=True) as folder:
                 save_adapter(model, folder, str(base), tensors)
                 (folder / "tokenizer.model").write_bytes(tokenizer.model)
-                write_optimizer(folder, moments, {**log.state, "step": step, "identity": identity})
+                write_training_state(folder, moments, {**log.state, "step": step, "identity": identity})
             for old in checkpoints(out / "checkpoints")[: -settings.keep]:
                 if old.resolve() != Path(settings.resume).resolve():  # which the same command, given again, asks for
                     shutil.rmtree(old)
         world.from_main(lambda: None)  # the others wait here, however long the writing takes
 
     def measure(documents: dict[str, list[str]], description: str) -> dict[str, dict]:
-        # Documents have all lengths, and a block would be compiled again for every other one.
+        # Documents have all lengths, and a block would be compiled anew for each.
         with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
             return nll_by_language(model, tokenizer, documents, description, world)
 
@@ -265,7 +268,7 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
                 x, y = tokens[row : row + micro_batch_size], targets[row : row + micro_batch_size]
                 torch.manual_seed(dropout_seed(settings.seed, step, world.rank * len(tokens) + row))
                 distributed.sync_gradients(model, row + micro_batch_size == len(tokens))
-                # Every micro-batch has as many targets, so the mean of its means is the mean of the batch.
+                # Micro-batches are equally large: the mean of their means is that of the batch. FSDP2 averages over processes.
                 loss = model(x.to(world.device), targets=y.to(world.device)) * len(x) / len(tokens)
                 loss.backward()
                 step_loss += loss.detach()

@@ -251,12 +251,13 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
             raise UserError(f"{file}: could not be written ({error}); make room or name another folder") from None
 
 
-# Checkpoints of a training run.
+# Checkpoints of a training run: adapter_config.json, adapter_model.safetensors, tokenizer.model, optimizer.safetensors (AdamW's
+# two moments) and training_state.json. There is no random state: what a step sees and drops out follows from seed and step.
 
 ADAPTER, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "training_state.json"
 
 
-def write_optimizer(folder: Path, moments: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+def write_training_state(folder: Path, moments: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
     """Make an adapter's folder a checkpoint: `moments` are the optimizer's tensors, `state` is JSON."""
     write_tensors(folder / OPTIMIZER, moments)
     write_json(folder / STATE, state)

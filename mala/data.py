@@ -5,10 +5,11 @@ token file, which holds the tokens of its documents, `<s>` before each (and nowh
 where the vocabulary takes it. `index.json` says which came from what, so that only what changed is tokenised again:
 
     {"tokenizer": SHA-256, "dtype": "uint16", "languages": {"swh_Latn": [
-        {"source": "swh_Latn.txt", "digest": SHA-256, "file": "swh_Latn.0.0.bin", "documents": 5, "tokens": 130}, ...]}}
+        {"source": "swh_Latn.txt", "digest": SHA-256, "bytes": [0, null], "file": "swh_Latn.0.0.bin", "documents": 5,
+         "tokens": 130}, ...]}}
 
-Packing is MaLA-500's: everything of a language in a row, cut into blocks of `seq_len`. How often a language is drawn is
-decided when training begins, from the index.
+Packing is MaLA-500's: everything of a language in a row, cut into blocks of `seq_len`, within which attention reaches back
+over the borders of documents, too. How often a language is drawn is decided when training begins, from the index.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def file_digests(files: list[Path], known: dict[str, Any]) -> dict[str, list]:
 
 
 def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], root: Path) -> None:
-    """Bring the token files in `root` up to date with the train split of a corpus. What a killed run has finished is kept.
+    """Bring the token files in `root` up to date with a corpus's files that hold training documents (`open_streams` leaves out
+    what is held out of them). What a killed run has finished is kept.
 
     digests: `file_digests` of the corpus's files. Raises UserError for a corpus file that cannot be read.
     """
@@ -87,7 +89,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
     if {key: index.get(key) for key in made_by} != made_by:
         index = {"languages": {}}
     made = {part["file"]: part for parts in index["languages"].values() for part in parts}
-    # What languages that are not in this corpus have there may be another run's.
+    # Languages outside this corpus stay: another run may use them.
     languages = {language: parts for language, parts in index["languages"].items() if language not in corpus.files}
     jobs = []
     for job in _portions(corpus, digests):
@@ -96,7 +98,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
             languages.setdefault(job.language, []).append(part)
         else:
             jobs.append(job)
-    write_json(root / "index.json", {**made_by, "languages": languages})  # what is made anew is not in it while it changes
+    write_json(root / "index.json", {**made_by, "languages": languages})  # no entry lacks its file after a kill
     for name in set(older) - {part["file"] for parts in languages.values() for part in parts}:
         if re.fullmatch(rf"{LANGUAGE.pattern}\.\d+\.\d+\.bin", name):
             (root / name).unlink(missing_ok=True)
@@ -160,7 +162,7 @@ def _in_parallel(jobs: list[Job], root: Path, packer: WordPacker) -> Iterator[tu
                 yield running[done], done.result()
         except BrokenProcessPool:
             raise UserError("a process that tokenised was killed (is the memory full?); the same command goes on") from None
-        except BaseException:  # a mistake in one file is not told only after hours of work on the others
+        except BaseException:  # one bad file ends the work on the others at once
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
@@ -174,7 +176,7 @@ def _start_worker(packer: WordPacker) -> None:
     _packer = packer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
 
-    def follow_parent() -> None:  # which, when killed, cannot end its workers
+    def follow_parent() -> None:  # ends this worker when the main process was killed
         multiprocessing.parent_process().join()
         os._exit(1)
 
@@ -256,7 +258,7 @@ def open_streams(corpus: Corpus, root: Path, bos_id: int) -> dict[str, Stream]:
 
 
 class Batches:
-    """What every training step sees: a pure function of (seed, step, rank), with no state to save.
+    """What every training step sees: a pure function of seed, step, rank and number of processes, with no state to save.
 
     A row of a batch is a block of one language: the language is drawn by `language_shares`, as MaLA-500 sampled Glot500-c,
     and a language's blocks come in a new random order each time all of them have been seen. A last, incomplete block is

@@ -112,7 +112,7 @@ def shard(model: nn.Module, world: World) -> None:
 
 
 def sync_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass sums the gradients over the processes: only the last of a step need do so."""
+    """Whether the next backward pass averages the gradients over the processes: only the last of a step need do so."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
 

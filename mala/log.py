@@ -32,7 +32,7 @@ class RunLog:
     def __init__(self, out: Path, state: dict[str, Any], steps: int, tokens_a_step: int, flops: int, peak_flops: float | None,
                  device: str, is_main: bool, tensorboard: bool):  # fmt: skip
         self.state = {"logged_step": 0, "loss": 0.0, **state}  # the loss is summed up from one line to the next
-        self.first_step = self.timed_from = state.get("step", 0)
+        self.first_step = self.timed_from = state["step"]
         self.tokens_a_step, self.flops, self.peak_flops, self.device = tokens_a_step, flops, peak_flops, device
         self.time, self.waited = time.perf_counter(), 0.0
         self.file = self.tensorboard = None
@@ -147,7 +147,7 @@ def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None
 
     before, after = before["languages"], after["languages"]
     languages = sorted(before, key=lambda language: after[language]["nll_per_document"])
-    named = len(languages) <= 120  # names of more could not be read
+    has_names = len(languages) <= 120  # those of more could not be read
     figure, axis = plt.subplots(figsize=(min(max(4.0, len(languages) * 0.16), 16), 4.5))
     for x, language in enumerate(languages):
         ends = [scores[language]["nll_per_document"] for scores in (before, after)]
@@ -159,8 +159,8 @@ def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_ylabel("held-out NLL, nats a document")
     axis.set_xlim(-1, len(languages))
-    axis.set_xticks(range(len(languages)) if named else [], languages if named else [], rotation=90, fontsize=7)
-    axis.set_xlabel("" if named else f"{len(languages)} languages")
+    axis.set_xticks(range(len(languages)) if has_names else [], languages if has_names else [], rotation=90, fontsize=7)
+    axis.set_xlabel("" if has_names else f"{len(languages)} languages")
     axis.set_title("before (hollow) and after; red: worse", fontsize=10)
     axis.grid(axis="y", alpha=0.3)
     _save(figure, out / "nll.png")

@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 from mala.cli import UserError, print_table
 from mala.corpus import Corpus
 from mala.cross_entropy import CHUNK_BYTES
-from mala.lora import LoRAConfig, LoRALinear, add_lora, parameter_report, trainable_parameters
+from mala.lora import LoRALinear, add_lora, parameter_report, trainable_parameters
 from mala.model import Llama, LlamaConfig
 from mala.tokenizer import Tokenizer
 
@@ -120,7 +120,7 @@ def memory_plan(model: Llama, seq_len: int, micro_batch_size: int, accumulates: 
     add("frozen parameters", f"{frozen:,} x {e}{shard}", frozen * e // P, always)
     add("trained parameters", f"{trained:,} x 4{shard}", trained * 4 // P, always)
     add("AdamW's two moments", f"{trained:,} x 2 x 4{shard}", trained * 2 * 4 // P, always)
-    # Those of earlier micro-batches, whole: FSDP2 divides their sum. Without accumulation they are all there at the end only.
+    # Those of earlier micro-batches, whole: FSDP2 shards their average. Without accumulation all are there at the end only.
     add("gradients", f"{trained:,} x 4", trained * 4, always if accumulates else "embed_tokens")
 
     # A micro-batch's own gradients of the two large matrices, until they are added to those that accumulate. Where the two are
@@ -190,8 +190,7 @@ def dry_run(settings: Any) -> None:
             model.replace_vocabulary(matrix, matrix)
             most = "" if settings.vocab_method == "continue" else ", at most: fewer where the base has some of the new ones"
             print(f"vocabulary: {len(base_tokenizer):,} pieces + {settings.extend_vocab:,} = {size:,}{most}")
-        add_lora(model, LoRAConfig(settings.r, settings.lora_alpha, settings.lora_dropout, settings.target_modules,
-                                   settings.modules_to_save, settings.use_rslora))  # fmt: skip
+        add_lora(model, settings.lora())
     model.gradient_checkpointing = settings.gradient_checkpointing
 
     documents = Corpus(settings.data, settings.langs, settings.held_out, settings.max_held_out).stream("train")
@@ -210,7 +209,8 @@ def dry_run(settings: Any) -> None:
         print("no GPU here: no time is estimated")
         return
     needed = sum(size for *_, size in memory_plan(model, settings.seq_len, micro_batch_size, False, 1, device))
-    if needed > (available_memory(device) or 0):
+    available = available_memory(device)
+    if available is not None and needed > available:
         print(f"the whole model takes {needed / 1e9:.1f} GB, more than is free here: no time is estimated")
         return
     print("timing three micro-batches ... (Ctrl-C ends it)", flush=True)
@@ -251,7 +251,7 @@ def print_time(model: Llama, *, seconds: float, seq_len: int, batch_size: int, m
 
 
 def time_steps(model: Llama, batch: int, seq_len: int, device: str, steps: int = 3) -> float:
-    """Median seconds of a step of one micro-batch, (batch, seq_len) random tokens: forward, backward, clipping, fused AdamW.
+    """Median seconds of an uncompiled step of (batch, seq_len) random tokens: forward, backward, clipping, fused AdamW.
 
     The first of `steps`, 2 or more, is not counted. The model comes from `meta`, gets random weights on `device`, whole, and
     goes back to `meta`. For a run that accumulates it is a little too much: there AdamW runs once in several micro-batches.

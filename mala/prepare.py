@@ -1,6 +1,6 @@
 """What a run needs before its first step: made once and left in --out, so that the same command goes on after a kill.
 
-    run.json     what decides the result: the checkpoint, the corpus, the settings of IDENTITY
+    run.json     the settings, and what must not change on the way: the checkpoint, the corpus, the settings of IDENTITY
     held_out/    the documents that are measured, a corpus of its own, which evaluate.py reads, too
     base/        the checkpoint with the extended vocabulary
     tokens/      the token files, see mala/data.py
@@ -46,7 +46,7 @@ IDENTITY = ("langs", "held_out", "max_held_out", "extend_vocab", "vocab_method",
 
 
 def prepare(settings: Any, corpus: Corpus, device: str, dtype: torch.dtype) -> tuple[Path | None, dict[str, Any]]:
-    """Make whatever of this is not there yet; returns the checkpoint to go on from, if there is one, and the run's identity.
+    """Make whatever of the above is not there yet; returns the checkpoint to go on from, if there is one, and the identity.
 
     settings: those of train.py. Only the main process calls it. Raises UserError for a mistake in the input, before anything
     is written, and where --out holds another run.
@@ -67,7 +67,7 @@ def prepare(settings: Any, corpus: Corpus, device: str, dtype: torch.dtype) -> t
     if checkpoint and (checkpoint / "tokenizer.model").read_bytes() != tokenizer.model:
         raise UserError(f"{checkpoint}: has another vocabulary than {tokenizer.name}, which was learnt again; put the base/ "
                         f"of its own run into {out}, or start over with --resume never")  # fmt: skip
-    write_json(out / "run.json", {"identity": identity, "files": files})
+    write_json(out / "run.json", {"identity": identity, "settings": vars(settings), "files": files})
     folder = out / "checkpoints"
     for half in folder.glob(".step-*.tmp"):
         shutil.rmtree(half)
