@@ -19,7 +19,6 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ from mala.checkpoint import (
     OPTIMIZER,
     atomic_directory,
     checkpoints,
-    lock,
     read_json,
     read_state,
     read_tensors,
@@ -174,12 +172,7 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
     peak_flops = plan.peak_flops(torch.cuda.get_device_name()) if world.device != "cpu" else None
 
     # Vocabulary, extended checkpoint, held-out documents and token files, where they are not there yet.
-    was_there = out.is_dir()
-    if world.is_main and was_there:
-        locks.enter_context(lock(out))
-    resumed_from, identity = world.from_main(lambda: prepare(settings, corpus, world.device, dtype))
-    if world.is_main and not was_there:
-        locks.enter_context(lock(out))
+    resumed_from, identity = world.from_main(lambda: prepare(settings, corpus, world.device, dtype, locks))
     if settings.extend_vocab:
         base = out / "base"
     tokenizer = Tokenizer.from_pretrained(base)
@@ -191,7 +184,8 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
     batches = Batches(streams, settings.seq_len, settings.batch_size, steps, settings.alpha, settings.seed)
 
     # How well the checkpoint predicts the held-out text as it comes, with its own tokenizer.
-    done = read_state(resumed_from)["step"] if resumed_from else 0
+    state = read_state(resumed_from) if resumed_from else {"step": 0}
+    done = state["step"]
     if done > steps:
         raise UserError(f"{resumed_from}: has {done} steps, this run only {steps}; name another --out or more --steps")
     nll = world.from_main(lambda: read_json(out / "nll.json") if (out / "nll.json").exists() else {})
@@ -221,12 +215,17 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
     distributed.shard(model, world)
     trained, adapter = trainable_parameters(model), adapter_tensors(model, model.lora_whole)
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=settings.weight_decay, fused=True)
-    state = load_checkpoint(resumed_from, adapter, trained, optimizer) if resumed_from else {"step": 0}
+    if resumed_from:
+        load_checkpoint(resumed_from, done, adapter, trained, optimizer)
     if world.is_main:
         print(f"{len(base_tokenizer):,} pieces -> {len(tokenizer):,}; {len(streams)} languages, {corpus_tokens:,} tokens; "
               f"{summary}")  # fmt: skip
         if resumed_from:
             print(f"{resumed_from}: going on after step {done} of {steps}")
+
+    def save_to(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        save_adapter(model, folder, str(base), tensors)
+        (folder / "tokenizer.model").write_bytes(tokenizer.model)
 
     def save(step: int) -> None:
         tensors = distributed.gather(adapter, world)
@@ -235,8 +234,7 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
         moments = distributed.gather(moments, world)
         if world.is_main:
             with atomic_directory(out / "checkpoints" / f"step-{step}", replace=True) as folder:
-                save_adapter(model, folder, str(base), tensors)
-                (folder / "tokenizer.model").write_bytes(tokenizer.model)
+                save_to(folder, tensors)
                 write_training_state(folder, moments, {**log.state, "step": step, "identity": identity})
             for old in checkpoints(out / "checkpoints")[: -settings.keep]:
                 if old.resolve() != Path(settings.resume).resolve():  # which the same command, given again, asks for
@@ -307,8 +305,7 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
     tensors = distributed.gather(adapter, world)
     if world.is_main:
         with atomic_directory(out / "adapter", replace=True) as folder:
-            save_adapter(model, folder, str(base), tensors)
-            (folder / "tokenizer.model").write_bytes(tokenizer.model)
+            save_to(folder, tensors)
         draw_run(out, before, after)
         write_json(out / "nll.json", {"before": before, "after": after})  # the last file: with it the run is finished
         report(before, after)
@@ -316,21 +313,19 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
               f"peak memory {peak_memory(world.device) / 1e9:.2f} GB")  # fmt: skip
 
 
-def load_checkpoint(folder: Path, adapter: dict[str, torch.Tensor], trained: dict[str, torch.Tensor],
-                    optimizer: torch.optim.Optimizer) -> dict[str, Any]:  # fmt: skip
-    """Fill the trained parameters and the optimizer's state from a checkpoint; returns what its training_state.json holds."""
-    state = read_state(folder)
+def load_checkpoint(folder: Path, done: int, adapter: dict[str, torch.Tensor], trained: dict[str, torch.Tensor],
+                    optimizer: torch.optim.Optimizer) -> None:  # fmt: skip
+    """Fill the trained parameters and the optimizer's state from a checkpoint, of `done` steps."""
     for name, tensor in read_tensors(folder / ADAPTER):
         distributed.fill(adapter[name], tensor)
     moments = dict(read_tensors(folder / OPTIMIZER))
     for name, parameter in trained.items():
         # The optimizer counts its steps in float32, on the parameter's device.
-        of_parameter = {"step": torch.tensor(float(state["step"]), device=parameter.device)}
+        of_parameter = {"step": torch.tensor(float(done), device=parameter.device)}
         for moment in MOMENTS:
             of_parameter[moment] = torch.zeros_like(parameter)
             distributed.fill(of_parameter[moment], moments[f"{moment}.{name}"])
         optimizer.state[parameter] = of_parameter
-    return state
 
 
 def dropout_seed(seed: int, step: int, row: int) -> int:

@@ -56,10 +56,11 @@ def named(path: Path) -> Iterator[None]:
     """A write that fails, on a full disk for instance, does not say to which file it was; this does, as a UserError."""
     try:
         yield
-    except OSError as error:
-        if error.filename is not None:
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None) is not None:
             raise
-        raise UserError(f"{path}: could not be written ({error.strerror or error}); make room or name another folder") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: could not be written ({reason}); make room or name another folder") from None
 
 
 @contextlib.contextmanager
@@ -245,10 +246,7 @@ def write_weights(directory: Path, tensors: dict[str, torch.Tensor], max_shard_b
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """One safetensors file; `format: pt` is what transformers and PEFT look for."""
     with atomic_path(file) as temporary:
-        try:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
-        except SafetensorError as error:  # how it reports a full disk
-            raise UserError(f"{file}: could not be written ({error}); make room or name another folder") from None
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
 
 
 # Checkpoints of a training run: adapter_config.json, adapter_model.safetensors, tokenizer.model, optimizer.safetensors (AdamW's
@@ -287,7 +285,8 @@ def check_whole(folder: Path) -> None:
             safe_open(file, framework="pt").keys()  # compares the size with what the header says
         except (FileNotFoundError, SafetensorError) as error:
             raise UserError(f"{file}: missing or damaged ({error})") from None
-    if type(read_state(folder).get("step")) is not int or not isinstance(read_state(folder).get("identity"), dict):
+    state = read_state(folder)
+    if type(state.get("step")) is not int or not isinstance(state.get("identity"), dict):
         raise UserError(f"{folder / STATE}: there is no 'step' or no 'identity'; expected what train.py leaves in a checkpoint")
 
 

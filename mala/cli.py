@@ -135,11 +135,12 @@ def _read_toml(path: Path, settings: type, hints: dict[str, Any]) -> dict[str, A
     return values
 
 
-def choose_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
-    """`auto` is CUDA where there is a GPU; its dtype is bfloat16 there and float32 on a CPU."""
+def choose_device(device: str, dtype: str, is_plan: bool = False) -> tuple[str, torch.dtype]:
+    """`auto` is CUDA where there is a GPU; its dtype is bfloat16 there and float32 on a CPU. Raises UserError where CUDA is
+    asked for and there is no GPU, unless it `is_plan`: one can be made for a GPU elsewhere."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not is_plan and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no GPU here; use --device cpu, or install PyTorch for your GPU")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"

@@ -103,10 +103,11 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
         if re.fullmatch(rf"{LANGUAGE.pattern}\.\d+\.\d+\.bin", name):
             (root / name).unlink(missing_ok=True)
 
+    if not jobs:
+        return
     jobs.sort(key=lambda job: -job.size)  # the largest first: none is left to one process at the end
-    with tqdm(
-        total=sum(job.size for job in jobs), desc="tokenising", unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    size = sum(job.size for job in jobs)
+    with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for job, (documents, tokens) in _in_parallel(jobs, root, WordPacker(tokenizer, dtype)):
             parts = languages.setdefault(job.language, [])
             parts.append({**job.entry, "documents": documents, "tokens": tokens})

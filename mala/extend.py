@@ -182,13 +182,6 @@ def count_tokens(tokenizer: Tokenizer, drawn: Iterable[tuple[str, int]], rng: np
     return counts, [kept[i] for i in rng.permutation(len(kept))]
 
 
-def save_extended(model: Llama, tokenizer: Tokenizer, directory: Path, replace: bool = False) -> None:
-    """A checkpoint folder with its tokenizer, whole or not at all."""
-    with atomic_directory(directory, replace) as temporary:
-        model.save_pretrained(temporary)
-        (temporary / "tokenizer.model").write_bytes(tokenizer.model)
-
-
 def extend_checkpoint(source: Path, merged: Tokenizer, out: Path, init: str, seed: int,
                       drawn: Iterable[tuple[str, int]] = (), device: str = "cpu",
                       dtype: torch.dtype = torch.float32) -> None:  # fmt: skip

@@ -32,16 +32,16 @@ class RunLog:
     def __init__(self, out: Path, state: dict[str, Any], steps: int, tokens_a_step: int, flops: int, peak_flops: float | None,
                  device: str, is_main: bool, tensorboard: bool):  # fmt: skip
         self.state = {"logged_step": 0, "loss": 0.0, **state}  # the loss is summed up from one line to the next
-        self.first_step = self.timed_from = state["step"]
+        first_step = self.timed_from = state["step"]
         self.tokens_a_step, self.flops, self.peak_flops, self.device = tokens_a_step, flops, peak_flops, device
         self.time, self.waited = time.perf_counter(), 0.0
         self.file = self.tensorboard = None
-        self.bar = tqdm(total=steps, initial=self.first_step, desc="training", unit="step", disable=None if is_main else True)
+        self.bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", disable=None if is_main else True)
         if is_main:
             self.path = out / "metrics.jsonl"
-            rewind(self.path, self.first_step)
+            rewind(self.path, first_step)
             self.file = open(self.path, "a", encoding="utf-8", buffering=1)
-            self.tensorboard = summary_writer(out / "tensorboard", self.first_step) if tensorboard else None
+            self.tensorboard = summary_writer(out / "tensorboard", first_step) if tensorboard else None
 
     def add(self, loss: float, waited: float) -> None:
         """After every step: its loss, and the seconds that it waited for data."""

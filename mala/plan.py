@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from mala.cli import UserError, print_table
+from mala.cli import UserError, choose_device, print_table
 from mala.corpus import Corpus
 from mala.cross_entropy import CHUNK_BYTES
 from mala.lora import LoRALinear, add_lora, parameter_report, trainable_parameters
@@ -167,7 +167,7 @@ def memory_plan(model: Llama, seq_len: int, micro_batch_size: int, accumulates: 
     names = {"lookup": "lookup in embed_tokens", "loss": "loss", "block": "backward of a block",
              "embed_tokens": "backward of embed_tokens", "loading": "loading"}  # fmt: skip
     worst = max(names, key=lambda stage: sum(size for *_, size, alive in rows if stage in alive.split()))
-    return [(part if alive == always else f"{names[worst]}: {part}", arithmetic, size)
+    return [(part if alive.startswith(always) else f"{names[worst]}: {part}", arithmetic, size)
             for part, arithmetic, size, alive in rows if worst in alive.split()]  # fmt: skip
 
 
@@ -178,15 +178,14 @@ def dry_run(settings: Any) -> None:
     micro_batch_size = settings.micro_batch(processes)
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    device = "cuda" if settings.device == "cuda" or settings.device == "auto" and torch.cuda.is_available() else "cpu"
-    dtype = {"auto": "float32" if device == "cpu" else "bfloat16"}.get(settings.dtype, settings.dtype)
+    device, dtype = choose_device(settings.device, settings.dtype, is_plan=True)
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_pretrained(settings.model)).to(getattr(torch, dtype))
+        model = Llama(LlamaConfig.from_pretrained(settings.model)).to(dtype)
         base_tokenizer = Tokenizer.from_pretrained(settings.model)
         base_tokenizer.check_fits(model.config.vocab_size)
         if settings.extend_vocab:
             size = len(base_tokenizer) + settings.extend_vocab
-            matrix = torch.empty(size, model.config.hidden_size, dtype=getattr(torch, dtype))
+            matrix = torch.empty(size, model.config.hidden_size, dtype=dtype)
             model.replace_vocabulary(matrix, matrix)
             most = "" if settings.vocab_method == "continue" else ", at most: fewer where the base has some of the new ones"
             print(f"vocabulary: {len(base_tokenizer):,} pieces + {settings.extend_vocab:,} = {size:,}{most}")

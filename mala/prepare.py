@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,17 @@ IDENTITY = ("langs", "held_out", "max_held_out", "extend_vocab", "vocab_method",
             "use_rslora", "target_modules", "modules_to_save", "seq_len", "batch_size", "alpha", "seed")  # fmt: skip
 
 
-def prepare(settings: Any, corpus: Corpus, device: str, dtype: torch.dtype) -> tuple[Path | None, dict[str, Any]]:
+def prepare(settings: Any, corpus: Corpus, device: str, dtype: torch.dtype, locks: ExitStack
+            ) -> tuple[Path | None, dict[str, Any]]:  # fmt: skip
     """Make whatever of the above is not there yet; returns the checkpoint to go on from, if there is one, and the identity.
 
-    settings: those of train.py. Only the main process calls it. Raises UserError for a mistake in the input, before anything
-    is written, and where --out holds another run.
+    settings: those of train.py. locks: takes the lock of --out, until it is closed. Only the main process calls it. Raises
+    UserError for a mistake in the input, before anything is written, and where --out holds another run.
     """
     out, model = Path(settings.out), Path(settings.model)
+    was_there = out.is_dir()
+    if was_there:  # else the lock waits: it would make the folder, and a mistake in the input must leave nothing
+        locks.enter_context(lock(out))
     earlier = read_json(out / "run.json") if (out / "run.json").exists() else {}
     known = earlier.get("files")
     files = file_digests([file for files in corpus.files.values() for file in files], known if isinstance(known, dict) else {})
@@ -63,6 +68,8 @@ def prepare(settings: Any, corpus: Corpus, device: str, dtype: torch.dtype) -> t
     made = [out / "held_out"] + ([out / "base"] if settings.extend_vocab else [])
     if settings.resume == "never" or earlier.get("identity") != identity or not all(folder.is_dir() for folder in made):
         make_base(settings, corpus, device, dtype, keep_checkpoints=checkpoint is not None)
+    if not was_there:
+        locks.enter_context(lock(out))
     tokenizer = Tokenizer.from_pretrained(out / "base" if settings.extend_vocab else model)
     if checkpoint and (checkpoint / "tokenizer.model").read_bytes() != tokenizer.model:
         raise UserError(f"{checkpoint}: has another vocabulary than {tokenizer.name}, which was learnt again; put the base/ "
@@ -71,9 +78,11 @@ def prepare(settings: Any, corpus: Corpus, device: str, dtype: torch.dtype) -> t
     folder = out / "checkpoints"
     for half in folder.glob(".step-*.tmp"):
         shutil.rmtree(half)
-    for later in checkpoints(folder):  # damaged, or on the way that --resume DIR leaves
-        if checkpoint and step_of(later) > read_state(checkpoint)["step"]:
-            set_aside(later)
+    if checkpoint:
+        done = read_state(checkpoint)["step"]
+        for later in checkpoints(folder):  # damaged, or on the way that --resume DIR leaves
+            if step_of(later) > done:
+                set_aside(later)
     tokens = Path(settings.tokens or out / "tokens")
     with lock(tokens, wait=True):  # other runs may share them
         tokenise(corpus, tokenizer, files, tokens)

@@ -94,13 +94,14 @@ class Tokenizer:
         before the text and kept, fields 3 and 5), of which no piece holds `▁` after another character, and that knows `▁` or
         bytes: unknown characters that are neighbours are one unknown token, across words, too.
         """
-        message = b"".join(value for number, value in message_fields(self.model) if number == 3)
-        normalizer = dict(message_fields(message))
+        fields = list(message_fields(self.model))
+        normalizer = dict(message_fields(b"".join(value for number, value in fields if number == 3)))
         is_plain = not normalizer.get(2) and normalizer.get(3, 1) and normalizer.get(5, 1)
         # USER_DEFINED pieces (type 4, field 3 of a SentencePiece) are cut out before BPE begins, wherever they stand.
-        types = (dict(message_fields(piece)).get(3, 1) for number, piece in message_fields(self.model) if number == 1)
-        is_simple = 4 not in types and not any(WORD_START in piece.lstrip(WORD_START) for piece in self.scores())
-        is_known = WORD_START in self.scores() or len(self.byte_ids) == 256
+        types = (dict(message_fields(piece)).get(3, 1) for number, piece in fields if number == 1)
+        pieces = self.scores()
+        is_simple = 4 not in types and not any(WORD_START in piece.lstrip(WORD_START) for piece in pieces)
+        is_known = WORD_START in pieces or len(self.byte_ids) == 256
         return self.model_type == "bpe" and bool(is_plain) and is_simple and is_known
 
     def decode(self, ids: list[int]) -> str:

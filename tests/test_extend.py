@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT, tiny_config
 
 import mala.extend
-from mala.checkpoint import INDEX, read_weights, write_json, write_weights
+from mala.checkpoint import INDEX, atomic_directory, read_weights, write_json, write_weights
 from mala.cli import UserError
 from mala.corpus import Corpus
-from mala.extend import INITS, count_tokens, extend_checkpoint, extend_model, extended_matrix, save_extended
+from mala.extend import INITS, count_tokens, extend_checkpoint, extend_model, extended_matrix
 from mala.model import Llama
 from mala.scoring import nll_by_language
 from mala.tokenizer import Tokenizer
@@ -131,7 +131,8 @@ def test_tied_embeddings_stay_tied_and_padding_rows_are_replaced(base, merged, t
         drawn = [(text, 1) for text in DEMO["swh_Latn"]]
         extend_model(model, base, merged, init, 0, drawn)
         assert model.lm_head.weight is model.model["embed_tokens"].weight and len(model.lm_head.weight) == len(merged)
-        save_extended(model, merged, tmp_path / init / "out")
+        model.save_pretrained(tmp_path / init / "out")
+        (tmp_path / init / "out/tokenizer.model").write_bytes(merged.model)
         assert len(Tokenizer.from_pretrained(tmp_path / init / "out")) == len(merged)
         extend_checkpoint(tmp_path / init / "base", merged, tmp_path / init / "files", init, 0, drawn)
         for folder in ("out", "files"):
@@ -294,8 +295,8 @@ def test_errors_leave_the_model_and_the_disk_as_they_were(base, merged, tmp_path
     assert model.config.vocab_size == 2048
 
     (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match="the output folder exists"):
-        save_extended(model, base, tmp_path / "there")
+    with pytest.raises(UserError, match="the output folder exists"), atomic_directory(tmp_path / "there"):
+        pass
     with pytest.raises(UserError, match="the output folder exists"):
         extend_checkpoint(TINY, merged, tmp_path / "there", "subtokens", 0)
     source = tmp_path / "source"

@@ -148,6 +148,9 @@ def test_mala500_fits_one_gpu_of_80_gb_and_less_on_eight(capsys):
     one = total(memory_plan(model, 4096, 1, accumulates=True, processes=1, device_type="cuda"))
     eight = total(memory_plan(model, 4096, 1, accumulates=True, processes=8, device_type="cuda"))
     assert 45e9 < one < 80e9 and 20e9 < eight < 40e9
+    parts = [part for part, _, _ in memory_plan(model, 4096, 1, True, 1, "cuda")]
+    assert parts[0] == "frozen parameters" and parts[-1] == "CUDA context, cuBLAS workspace, fragmentation"
+    assert "loss: lm_head, cast" in parts  # of a stage only, which is named
 
     sizes = dict(seq_len=4096, batch_size=8, micro_batch_size=1, processes=1, steps=1000)
     print_plan(model, **sizes, device_type="cuda")
