@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from mala import distributed, plan
+from mala import distributed, plan, plots
 from mala.checkpoint import (
     ADAPTER,
     OPTIMIZER,
@@ -41,7 +41,7 @@ from mala.corpus import Corpus
 from mala.data import Batches, open_streams, read_ahead
 from mala.distributed import World, catch_signals, whole
 from mala.extend import INITS
-from mala.log import RunLog, draw_run, peak_memory
+from mala.log import RunLog, peak_memory
 from mala.lora import LoRAConfig, adapter_tensors, add_lora, find_targets, parameter_report, save_adapter, trainable_parameters
 from mala.model import Llama
 from mala.prepare import prepare
@@ -306,7 +306,8 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
     if world.is_main:
         with atomic_directory(out / "adapter", replace=True) as folder:
             save_to(folder, tensors)
-        draw_run(out, before, after)
+        if plots.is_available():
+            plots.draw_run(out, before, after)
         write_json(out / "nll.json", {"before": before, "after": after})  # the last file: with it the run is finished
         report(before, after)
         print(f"{out}: {steps} steps, {time.perf_counter() - started:.0f} s, "
@@ -341,16 +342,13 @@ def report(before: dict, after: dict) -> None:
         return after["languages"][language]["nll_per_document"] / before["languages"][language]["nll_per_document"] - 1
 
     languages = sorted(before["languages"], key=change)
-    shown = languages if len(languages) <= 40 else languages[:10] + languages[-10:]
     rows = [
         (language, f"{b['documents']}", f"{b['nll_per_document']:.1f}", f"{a['nll_per_document']:.1f}",
          f"{change(language):+.1%}", f"{b['bits_per_byte']:.2f}", f"{a['bits_per_byte']:.2f}")
-        for language in shown
+        for language in languages
         for b, a in [(before["languages"][language], after["languages"][language])]
     ]  # fmt: skip
     print_table(("language", "documents", "NLL before", "after", "change", "bits/byte before", "after"), rows)
-    if len(shown) < len(languages):
-        print(f"(the 10 most and the 10 least improved of {len(languages)}; all in nll.json)")
     b, a = before["macro"], after["macro"]
     improved = sum(change(language) < 0 for language in languages)
     print(f"held-out NLL, nats a document, mean of {len(languages)} languages: {b['nll_per_document']:.1f} -> "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 Settings = TypeVar("Settings")
+LISTED = {str: "strings", int: "whole numbers"}
 
 
 class UserError(Exception):
@@ -74,12 +76,17 @@ def parse(settings: type[Settings], description: str, argv: list[str] | None = N
         if kind is bool:
             spec["action"] = argparse.BooleanOptionalAction
         else:
-            spec["type"] = _words if kind is tuple else kind
+            spec["type"] = kind
+            if kind is tuple:
+                spec |= {"type": words(_element(hints[field.name])), "nargs": "+"}  # a,b or a b
             spec["choices"] = field.metadata["choices"]
             spec["metavar"] = None if spec["choices"] else {int: "N", float: "X", tuple: "A,B,…"}.get(kind, "VALUE")
         # SUPPRESS: only the flags that were typed appear, so that they can win over the file.
         parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS, **spec)
     flags = vars(parser.parse_args(argv))
+    for name, value in flags.items():
+        if isinstance(value, list):
+            flags[name] = tuple(itertools.chain(*value))
     config = flags.get("config")
     from_file = _read_toml(Path(config), settings, hints) if config else {}
     return settings(**{**from_file, **flags})
@@ -92,12 +99,23 @@ def _kind(hint: Any) -> type:
     return typing.get_origin(hint) or hint
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
+def _element(hint: Any) -> type:
+    """`tuple[int, ...]` -> int."""
+    return typing.get_args(hint)[0]
+
+
+def words(kind: type = str) -> Callable[[str], list]:
+    """For argparse: "a,b" -> ["a", "b"], each of them a `kind`."""
+
+    def split(text: str) -> list:
+        return [kind(word) for word in text.split(",") if word]
+
+    split.__name__ = f"list of {LISTED[kind]}"  # in argparse's error
+    return split
 
 
 def _show(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _read_toml(path: Path, settings: type, hints: dict[str, Any]) -> dict[str, Any]:
@@ -123,12 +141,12 @@ def _read_toml(path: Path, settings: type, hints: dict[str, Any]) -> dict[str, A
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
             raise UserError(f"{path}: unknown option {key!r}; {hint}")
         kind, choices = _kind(hints[key]), fields[key].metadata["choices"]
-        if kind is tuple and isinstance(value, list) and all(isinstance(word, str) for word in value):
+        if kind is tuple and isinstance(value, list) and all(type(word) is _element(hints[key]) for word in value):
             values[key] = tuple(value)
         elif kind is float and type(value) is int:
             values[key] = float(value)
         elif type(value) is not kind:
-            expected = "a list of strings" if kind is tuple else kind.__name__
+            expected = f"a list of {LISTED[_element(hints[key])]}" if kind is tuple else kind.__name__
             raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
         if choices and value not in choices:
             raise UserError(f"{path}: {key} is {value!r}, expected one of {', '.join(choices)}")
@@ -147,8 +165,15 @@ def choose_device(device: str, dtype: str, is_plan: bool = False) -> tuple[str, 
     return device, getattr(torch, dtype)
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns of text, the first aligned to the left, the others to the right."""
+MAX_ROWS = 40
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], last: Sequence[Sequence[str]] = ()) -> None:
+    """Columns of text, the first aligned to the left, the others to the right. Of very many rows the first and the last."""
+    if len(rows) > MAX_ROWS:
+        hidden = f"… {len(rows) - MAX_ROWS} more …"
+        rows = [*rows[: MAX_ROWS // 2], [hidden, *[""] * (len(header) - 1)], *rows[-MAX_ROWS // 2 :]]
+    rows = [*rows, *last]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))

@@ -44,12 +44,8 @@ class Corpus:
         if not 0 <= held_out <= 1:
             raise UserError(f"the held-out share is {held_out}, expected a number from 0 to 1")
         self.files = _find_files(self.root)
-        for language in languages:
-            if language not in self.files:
-                raise UserError(f"{self.root}: there is no language {language!r}; it holds {_some(list(self.files))}")
-        if languages:
-            self.files = {language: self.files[language] for language in sorted(set(languages))}
-        self.languages = list(self.files)
+        self.languages = check_languages(self.root, list(self.files), languages)
+        self.files = {language: self.files[language] for language in self.languages}
         self.counts: dict[Path, int] = {}  # documents of each file, counted when they are first asked for
 
     def documents(self, language: str, split: str) -> Documents:
@@ -109,6 +105,14 @@ class Documents:
         return islice(chain.from_iterable(read_documents(file) for file in self.files), *self.bounds())
 
 
+def check_languages(root: Path, found: list[str], chosen: tuple[str, ...]) -> list[str]:
+    """Those of the languages `found` in a folder that are `chosen`; all, where none is. Raises UserError for any other."""
+    for language in chosen:
+        if language not in found:
+            raise UserError(f"{root}: there is no language {language!r}; it holds {some(found)}")
+    return sorted(set(chosen)) if chosen else found
+
+
 def _find_files(root: Path) -> dict[str, list[Path]]:
     """language -> its files, both in order of name. Entries that are no language's are named on stderr and skipped."""
     if not root.is_dir():
@@ -126,7 +130,7 @@ def _find_files(root: Path) -> dict[str, list[Path]]:
             raise UserError(f"{root}: {language} has two entries, {entry.name} is the second; expected one per language")
         found[language] = files
     if skipped:
-        print(f"{root}: skipped {_some(skipped)}: not named for a language, or no corpus file", file=sys.stderr)
+        print(f"{root}: skipped {some(skipped)}: not named for a language, or no corpus file", file=sys.stderr)
     if not found:
         raise UserError(f"{root}: no corpus: expected entries such as swh_Latn.txt, swh_Latn.jsonl.gz or swh_Latn/")
     return found
@@ -136,7 +140,7 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "README")))
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -162,7 +166,7 @@ def read_documents(file: Path, first: int = 0, end: int | None = None) -> Iterat
     elif kind == ".jsonl":
         texts = (_json_text(file, number, line) for number, line in read_lines(file, first, end) if line.strip())
     elif kind == ".tsv":
-        texts = _read_tsv(file)
+        texts = _tsv_texts(file)
     else:
         texts = (line for _, line in read_lines(file, first, end))
     return (text for text in texts if text.strip())
@@ -200,16 +204,20 @@ def _json_text(file: Path, number: int, line: str) -> str:
         raise UserError(f'{file}: line {number} is not a JSON object with a string "text"') from None
 
 
-def _read_tsv(file: Path) -> Iterator[str]:
-    """The text of SIB-200's rows (header `index_id category text`) or Taxi1500's (no header); quotes are text."""
+def read_tsv(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line number, its three columns) of a benchmark's file: quotes are text, and so is a tab in the last column."""
     for number, line in read_lines(file):
         if not line.strip():
             continue
-        cells = line.split("\t")
+        cells = line.split("\t", 2)
         if len(cells) != 3:
-            raise UserError(f"{file}: line {number} has {len(cells)} columns, expected 3 (id, label, text)")
-        if not (number == 1 and cells == ["index_id", "category", "text"]):
-            yield cells[2]
+            raise UserError(f"{file}: line {number} has {len(cells)} columns, expected 3 (id, label, text), a tab between them")
+        yield number, cells
+
+
+def _tsv_texts(file: Path) -> Iterator[str]:
+    """The text of SIB-200's rows (header `index_id category text`) or Taxi1500's (no header)."""
+    return (cells[2] for number, cells in read_tsv(file) if number > 1 or cells != ["index_id", "category", "text"])
 
 
 def _read_arrow(file: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a run shows as it goes: a progress bar, metrics.jsonl, TensorBoard if asked for, and at the end two pictures.
+"""What a run shows as it goes: a progress bar, metrics.jsonl, and TensorBoard if asked for.
 
 metrics.jsonl holds one JSON object per logged step: `step`, `tokens` (seen so far), `loss` (nats a token, the mean since the
 line before), `lr`, `grad_norm`, `tokens_per_second`, `waiting` (the share of the time in which the model waited for data),
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mala.checkpoint import atomic_file, atomic_path, named
+from mala.checkpoint import atomic_file, named
 
 
 class RunLog:
@@ -119,57 +119,3 @@ def peak_memory(device: str) -> int:
     import resource  # not on Windows, which no other part needs to know
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None:
-    """loss.png, the loss as training went, and nll.png, the NLL of every language before and after, where matplotlib is."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
-    matplotlib.use("Agg")  # to files: no window
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    figure, axis = plt.subplots(figsize=(7, 4))
-    axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1.5)
-    axis.set_xlabel("step")
-    axis.set_ylabel("training loss, nats a token")
-    axis.grid(alpha=0.3)
-    measured = [line for line in lines if "nll_per_document" in line]
-    if measured:
-        right = axis.twinx()
-        right.plot(
-            [line["step"] for line in measured], [line["nll_per_document"] for line in measured], "o--", color="tab:orange"
-        )
-        right.set_ylabel("held-out NLL, nats a document", color="tab:orange")
-    _save(figure, out / "loss.png")
-
-    before, after = before["languages"], after["languages"]
-    languages = sorted(before, key=lambda language: after[language]["nll_per_document"])
-    has_names = len(languages) <= 120  # those of more could not be read
-    figure, axis = plt.subplots(figsize=(min(max(4.0, len(languages) * 0.16), 16), 4.5))
-    for x, language in enumerate(languages):
-        ends = [scores[language]["nll_per_document"] for scores in (before, after)]
-        axis.plot([x, x], ends, color="tab:green" if ends[1] < ends[0] else "tab:red", linewidth=1, alpha=0.6)
-        axis.plot(x, ends[0], "o", color="black", markerfacecolor="white", markersize=4)
-        axis.plot(x, ends[1], "o", color="tab:green" if ends[1] < ends[0] else "tab:red", markersize=4)
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.set_ylabel("held-out NLL, nats a document")
-    axis.set_xlim(-1, len(languages))
-    axis.set_xticks(range(len(languages)) if has_names else [], languages if has_names else [], rotation=90, fontsize=7)
-    axis.set_xlabel("" if has_names else f"{len(languages)} languages")
-    axis.set_title("before (hollow) and after; red: worse", fontsize=10)
-    axis.grid(axis="y", alpha=0.3)
-    _save(figure, out / "nll.png")
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mala.checkpoint import atomic_path
 from mala.cli import UserError, print_table
 from mala.tokenizer import WORD_START, Tokenizer
 
 # Scripts whose words no space divides (ISO 15924): their unit of fertility is the character (code point).
 UNSPACED = set("Bali Hani Hans Hant Hira Java Jpan Kana Khmr Lana Laoo Mymr Thai Tibt Yiii".split())
 WORD = re.compile(r"[^\s፡]+")  # between spaces or Ethiopic wordspaces
-MAX_ROWS = 40  # of languages in a printed table
 
 
 def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> dict[str, float]:
@@ -106,75 +102,18 @@ def print_report(report: dict[str, Any]) -> None:
                 f"{base['bytes_per_token']:.2f}", f"{new['bytes_per_token']:.2f}", *shares]  # fmt: skip
 
     languages = sorted(sides, key=change)
-    shown = languages if len(languages) <= MAX_ROWS else languages[: MAX_ROWS // 2] + languages[-MAX_ROWS // 2 :]
-    rows = [row(name, sides[name]["base"], sides[name]["new"], "fertility") for name in shown]
+    rows = [row(name, sides[name]["base"], sides[name]["new"], "fertility") for name in languages]
+    last = []
     base, new = report["macro"]["base"], report["macro"]["new"]
     if "fertility" in base:
-        rows.append(row("macro-average", base, new, "fertility"))
+        last.append(row("macro-average", base, new, "fertility"))
     if "fertility_characters" in base:
-        rows.append([*row("macro-average*", base, new, "fertility_characters")[:4], *[""] * 6])
+        last.append([*row("macro-average*", base, new, "fertility_characters")[:4], *[""] * 6])
     print_table(("language", "fertility", "extended", "change", "bytes/token", "extended", "byte tokens", "extended",
-                 "<unk>", "extended"), rows)  # fmt: skip
-    if len(shown) < len(languages):
-        print(f"(the {MAX_ROWS // 2} languages with the largest and the smallest gain of {len(languages)}; all with --json)")
+                 "<unk>", "extended"), rows, last)  # fmt: skip
     unspaced = by_unit(languages).get("character")
     print("fertility: tokens per word" + (f"; tokens per character (*) in {', '.join(unspaced)}" if unspaced else ""))
     pieces = report["pieces"]
     print(f"{pieces['base']:,} pieces -> {pieces['new']:,}; no text encodes to {pieces['unreachable_added']:,} of the "
           f"{pieces['added']:,} added, nor to {pieces['unreachable_new'] - pieces['unreachable_added']:,} of the base's "
           f"({pieces['unreachable_base']:,} before)")  # fmt: skip
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """A picture of fertility before and after: languages sorted, scripts coloured; one panel for each unit of fertility."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise UserError("--plot takes matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # to a file: no window
-    import matplotlib.pyplot as plt
-
-    sides = report["languages"]
-    by_size = Counter(language[4:] for language in sides).most_common()
-    palette = [color for i, color in enumerate(plt.get_cmap("tab10").colors) if i != 7]  # without its grey, for the others
-    colors = dict(zip([script for script, _ in by_size], palette))
-    panels = list(by_unit(sides).items())
-    # About 0.13 inch a language while there are few, so that their names can be read.
-    widths = [max(1.6, min(len(chosen) * 0.13, 10)) for _, chosen in panels]
-    figure, axes = plt.subplots(1, len(panels), figsize=(sum(widths) + 1.5, 4.5), width_ratios=widths, squeeze=False)
-    for axis, (unit, chosen) in zip(axes[0], panels):
-        chosen.sort(key=lambda language: sides[language]["base"]["fertility"])
-        for x, language in enumerate(chosen):
-            before, after = (sides[language][side]["fertility"] for side in ("base", "new"))
-            color = colors.get(language[4:], "tab:gray")
-            axis.plot([x, x], [before, after], color=color, linewidth=1, alpha=0.5)
-            axis.plot(x, before, "o", color=color, markerfacecolor="white", markersize=4)
-            axis.plot(x, after, "o", color=color, markersize=4)
-        axis.set_yscale("log")
-        values = [side["fertility"] for language in chosen for side in sides[language].values()]
-        lowest, highest = min(values), max(values)
-        axis.set_yticks([tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if lowest / 2 < tick < 2 * highest])
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("")
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_ylabel(f"tokens per {unit}")
-        axis.set_xlim(-1, len(chosen))
-        every = len(chosen) <= 120
-        axis.set_xticks(range(len(chosen)) if every else [], chosen if every else [], rotation=90, fontsize=7)
-        axis.set_xlabel("" if every else f"{len(chosen)} languages, by fertility before")
-    marks = [plt.Line2D([], [], linestyle="", marker="o", color=color, label=script) for script, color in colors.items()]
-    if len(by_size) > len(colors):
-        marks.append(plt.Line2D([], [], linestyle="", marker="o", color="tab:gray", label="other"))
-    for label, face in (("before", "white"), ("after", "black")):
-        marks.append(plt.Line2D([], [], linestyle="", marker="o", color="black", markerfacecolor=face, label=label))
-    axes[0][0].legend(handles=marks, fontsize=7, ncol=2, loc="upper left")
-    pieces = report["pieces"]
-    figure.suptitle(f"Fertility before and after: {pieces['base']:,} pieces and {pieces['new']:,}", fontsize=10)
-    figure.tight_layout()
-    try:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
-    except (ValueError, RuntimeError) as error:  # a format that matplotlib does not know, or takes another program for
-        raise UserError(f"{path}: {error}") from None
-    finally:
-        plt.close(figure)

@@ -33,7 +33,8 @@ from mala.checkpoint import atomic_file, write_json
 from mala.cli import ArgumentParser, UserError, choose_device, run
 from mala.corpus import Corpus, language_shares
 from mala.extend import INITS, extend_checkpoint
-from mala.report import compare, draw, print_report
+from mala.plots import draw_fertility
+from mala.report import compare, print_report
 from mala.tokenizer import WORD_START, Tokenizer
 
 MAX_WORDS = 10_000_000  # distinct words that are counted at a time: about 2 GB; to learn from so many takes several times that
@@ -311,7 +312,7 @@ def run_report(args) -> None:
     if args.json:
         write_json(args.json, report)
     if args.plot:
-        draw(report, args.plot)
+        draw_fertility(report, args.plot)
 
 
 def run_extend(args) -> None:

@@ -1,0 +1,155 @@
+"""Pictures, where matplotlib is installed (`pip install matplotlib`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mala.checkpoint import atomic_path
+from mala.cli import UserError
+from mala.report import by_unit
+
+MAX_NAMES = 120  # of languages below a picture; those of more could not be read
+
+
+def is_available() -> bool:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def picture(path: Path, panels: int = 1, **options: Any) -> Iterator[Any]:
+    """Yield the axes of a new figure, one or a row of them, to draw on; it is saved when the block ends."""
+    if not is_available():
+        raise UserError(f"{path}: a picture takes matplotlib: pip install matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")  # to a file: no window
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, panels, **options)
+    try:
+        yield axes
+        figure.tight_layout()
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
+    except (ValueError, RuntimeError) as error:  # a format that matplotlib does not know, or takes another program for
+        raise UserError(f"{path}: {error}") from None
+    finally:
+        plt.close(figure)
+
+
+def name_languages(axis: Any, languages: list[str], order: str) -> None:
+    """One place a language along the x axis, with its name where there is room."""
+    has_names = len(languages) <= MAX_NAMES
+    axis.set_xlim(-1, len(languages))
+    axis.set_xticks(range(len(languages)) if has_names else [], languages if has_names else [], rotation=90, fontsize=7)
+    axis.set_xlabel("" if has_names else f"{len(languages)} languages, {order}")
+    axis.grid(axis="y", alpha=0.3)
+
+
+def width_of(languages: list[str]) -> float:
+    """Inches: enough to read the names, as long as there are few."""
+    return min(max(4.0, 1.5 + len(languages) * 0.15), 16)
+
+
+def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None:
+    """loss.png, the loss as training went, and nll.png, the NLL of every language before and after."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    with picture(out / "loss.png", figsize=(7, 4)) as axis:
+        axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1.5)
+        axis.set_xlabel("step")
+        axis.set_ylabel("training loss, nats a token")
+        axis.grid(alpha=0.3)
+        measured = [line for line in lines if "nll_per_document" in line]
+        if measured:
+            right = axis.twinx()
+            steps, nll = [line["step"] for line in measured], [line["nll_per_document"] for line in measured]
+            right.plot(steps, nll, "o--", color="tab:orange")
+            right.set_ylabel("held-out NLL, nats a document", color="tab:orange")
+
+    before, after = before["languages"], after["languages"]
+    languages = sorted(before, key=lambda language: after[language]["nll_per_document"])
+    with picture(out / "nll.png", figsize=(width_of(languages), 4.5)) as axis:
+        for x, language in enumerate(languages):
+            ends = [scores[language]["nll_per_document"] for scores in (before, after)]
+            color = "tab:green" if ends[1] < ends[0] else "tab:red"
+            axis.plot([x, x], ends, color=color, linewidth=1, alpha=0.6)
+            axis.plot(x, ends[0], "o", color="black", markerfacecolor="white", markersize=4)
+            axis.plot(x, ends[1], "o", color=color, markersize=4)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.set_ylabel("held-out NLL, nats a document")
+        axis.set_title("before (hollow) and after; red: worse", fontsize=10)
+        name_languages(axis, languages, "by NLL after")
+
+
+def draw_results(result: dict[str, Any], path: Path) -> None:
+    """A benchmark's figure for every language, sorted, with its 95 % interval; the baselines of an accuracy as lines."""
+    languages, of_nll = result["languages"], result["bench"] == "nll"
+    key = "nll_per_document" if of_nll else "accuracy"
+    names = sorted(languages, key=lambda language: languages[language][key], reverse=not of_nll)
+    with picture(path, figsize=(width_of(names), 4.5)) as axis:
+        for x, name in enumerate(names):
+            ci95 = languages[name]["ci95"]
+            if ci95:
+                axis.plot([x, x], ci95, color="tab:blue", linewidth=1.5, alpha=0.5)
+        axis.plot([languages[name][key] for name in names], "o", color="tab:blue", markersize=4, label=result["bench"])
+        if not of_nll:
+            steps = {"drawstyle": "steps-mid", "linewidth": 1}
+            axis.plot([languages[name]["majority"] for name in names], color="tab:red", label="majority class", **steps)
+            axis.plot([languages[name]["uniform"] for name in names], ":", color="black", label="uniform guess", **steps)
+            axis.set_ylim(0, 1)
+            axis.legend(fontsize=8)
+        axis.set_ylabel("NLL, nats a document" if of_nll else f"accuracy, {result['shots']} shots")
+        mean = result["macro"][key]
+        axis.set_title(f"{Path(result['model']).name}: {len(names)} languages, mean {mean:.{1 if of_nll else 3}f}; bars: 95 %",
+                       fontsize=10)  # fmt: skip
+        name_languages(axis, names, "best first")
+
+
+def draw_fertility(report: dict[str, Any], path: Path) -> None:
+    """A picture of fertility before and after: languages sorted, scripts coloured; one panel for each unit of fertility."""
+    sides = report["languages"]
+    panels = list(by_unit(sides).items())
+    widths = [max(1.6, min(len(chosen) * 0.13, 10)) for _, chosen in panels]
+    figsize = (sum(widths) + 1.5, 4.5)
+    with picture(path, len(panels), figsize=figsize, width_ratios=widths, squeeze=False) as axes:
+        import matplotlib.pyplot as plt
+
+        by_size = Counter(language[4:] for language in sides).most_common()
+        palette = [color for i, color in enumerate(plt.get_cmap("tab10").colors) if i != 7]  # without its grey, for the others
+        colors = dict(zip([script for script, _ in by_size], palette))
+        for axis, (unit, chosen) in zip(axes[0], panels):
+            chosen.sort(key=lambda language: sides[language]["base"]["fertility"])
+            for x, language in enumerate(chosen):
+                before, after = (sides[language][side]["fertility"] for side in ("base", "new"))
+                color = colors.get(language[4:], "tab:gray")
+                axis.plot([x, x], [before, after], color=color, linewidth=1, alpha=0.5)
+                axis.plot(x, before, "o", color=color, markerfacecolor="white", markersize=4)
+                axis.plot(x, after, "o", color=color, markersize=4)
+            axis.set_yscale("log")
+            values = [side["fertility"] for language in chosen for side in sides[language].values()]
+            ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+            axis.set_yticks([tick for tick in ticks if min(values) / 2 < tick < 2 * max(values)])
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+            axis.set_ylabel(f"tokens per {unit}")
+            name_languages(axis, chosen, "by fertility before")
+        marks = [plt.Line2D([], [], linestyle="", marker="o", color=color, label=script) for script, color in colors.items()]
+        if len(by_size) > len(colors):
+            marks.append(plt.Line2D([], [], linestyle="", marker="o", color="tab:gray", label="other"))
+        for label, face in (("before", "white"), ("after", "black")):
+            marks.append(plt.Line2D([], [], linestyle="", marker="o", color="black", markerfacecolor=face, label=label))
+        axes[0][0].legend(handles=marks, fontsize=7, ncol=2, loc="upper left")
+        pieces = report["pieces"]
+        title = f"Fertility before and after: {pieces['base']:,} pieces and {pieces['new']:,}"
+        axes[0][0].figure.suptitle(title, fontsize=10)
