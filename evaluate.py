@@ -1,29 +1,47 @@
 """Measure a LLaMA checkpoint, with or without an adapter, per language.
 
-    python evaluate.py --bench nll                                              what `python train.py` left, on the bundled text
-    python evaluate.py --bench nll --model DIR --adapter DIR --data CORPUS
+    python evaluate.py --bench nll|sib200|taxi1500                    what `python train.py` left, on the bundled sample
+    python evaluate.py --bench sib200 --model DIR --adapter DIR --data DIR --out DIR
+    python evaluate.py --compare A/results.json B/results.json        what changed between two runs
+    torchrun --nproc-per-node 8 evaluate.py …                         languages are dealt out to the processes
 
 Without --data the benchmark is looked for in $MALA_DATA/<bench>, then data/<bench>; where there is none, the bundled sample
-is measured. results.json and predictions.jsonl are left in --out.
+is measured. results.json, predictions.jsonl and, with matplotlib, results.png are left in --out. Every language is written
+as it is done, to --out/done/; the same command goes on with what is not there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from mala.checkpoint import atomic_file, read_json, write_json
-from mala.cli import UserError, choose_device, option, parse, print_table, run
+from mala import hub, plots
+from mala.checkpoint import atomic_file, lock, read_json, write_json
+from mala.cli import UserError, choose_device, option, parse, run
 from mala.corpus import Corpus
+from mala.distributed import World, start
 from mala.lora import load_adapter
 from mala.model import Llama
-from mala.scoring import documents_nll, summarise, with_macro
-from mala.tokenizer import Tokenizer
+from mala.results import (
+    Prediction,
+    compare,
+    print_comparison,
+    print_results,
+    read_languages,
+    summarise,
+    with_macro,
+)
+from mala.scoring import PROTOCOLS, predict_documents, predict_labels
+from mala.tasks import TASKS, Example
+from mala.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "assets/demo"
@@ -31,23 +49,204 @@ DEMO = ROOT / "assets/demo"
 
 @dataclass
 class Settings:
-    bench: str = option("nll", "what to measure: nll, the negative log-likelihood of documents", choices=("nll",))
-    model: str | None = option(None, "a checkpoint, or a folder that train.py left; default: out/demo, else assets/tiny-llama")
-    adapter: str | None = option(None, "a LoRA adapter in PEFT's format; its tokenizer.model goes before the model's")
-    data: str | None = option(None, "a corpus, a folder with one entry per language")
+    bench: str = option("nll", "nll: the negative log-likelihood of documents; sib200, taxi1500: few-shot classification",
+                        choices=("nll", *TASKS))  # fmt: skip
+    model: str | None = option(None, "a checkpoint: a folder, one that train.py left, or a name on the Hugging Face hub; "
+                                     "default: out/demo, else assets/tiny-llama")  # fmt: skip
+    adapter: str | None = option(
+        None, "a LoRA adapter in PEFT's format, folder or hub name; its tokenizer goes before the model's"
+    )
+    data: str | None = option(None, "the benchmark's folder; for nll a corpus, a folder with one entry per language")
     langs: tuple[str, ...] = option((), "measure these languages only")
-    split: str = option("test", "which split, where the corpus has splits", choices=("train", "dev", "test"))
-    held_out: float = option(1.0, "last share of each language's documents that is measured, where the corpus has no splits")
-    max_held_out: int = option(1000, "at most this many of them, as in train.py; with a share of 1 all are measured")
-    limit: int | None = option(None, "measure at most this many documents a language")
-    out: str = option("out/nll", "where the results go")
+    langs_file: str | None = option(None, "measure those of the data's languages that this file lists, one a line")
+    split: str = option("test", "which split, where the data have splits", choices=("train", "dev", "test"))
+    held_out: float = option(1.0, "nll: last share of each language's documents that is measured, where there are no splits")
+    max_held_out: int = option(1000, "nll: at most this many of them, as in train.py; with a share of 1 all are measured")
+    shots: int = option(3, "labelled examples before each question")
+    seed: int = option(1234, "chooses the shots and the order of the examples")
+    seeds: tuple[int, ...] = option((), "several of them, for the spread over choices of shots")
+    protocol: str = option("published", "how a question is encoded, see docs/evaluation.md", choices=tuple(PROTOCOLS))
+    limit: int | None = option(None, "measure at most this many documents or examples a language")
+    group_by: str | None = option(None, "macro-averages of groups of languages, too", choices=("script",))
+    compare: tuple[str, ...] = option((), "two results.json, or their folders: print what changed from the first to the second")
+    batch_size: int | None = option(None, "sequences a batch; default: as many as fill 1,024 tokens on a CPU, 4,096 on a GPU")
+    out: str | None = option(None, "where the results go; default: out/<bench>")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "of the weights and the computation; auto: float32 on a CPU, else bfloat16",
                         choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit is {self.limit}, expected a positive number")
+        for name, least in (("limit", 1), ("batch_size", 1), ("shots", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}, expected a number from {least} on")
+        self.seeds = tuple(dict.fromkeys(self.seeds)) or (self.seed,)
+        if min(self.seeds) < 0:
+            raise UserError(f"seeds are {', '.join(map(str, self.seeds))}, expected numbers from 0 on")
+        if self.compare and len(self.compare) != 2:
+            raise UserError(f"--compare is given {len(self.compare)} files, expected two results.json")
+
+
+@dataclass
+class Job:
+    """What is measured and written at once: a language, with one choice of shots."""
+
+    language: str
+    items: list[str] | list[Example]  # documents or examples
+    seed: int | None = None  # of examples
+    file: Path | None = None  # {"seconds": ..., "predictions": [...]}, once it is done
+
+    def size(self) -> int:
+        return sum(len(item if isinstance(item, str) else item.context) for item in self.items)
+
+
+def main() -> None:
+    settings = parse(Settings, __doc__.split("\n\n")[0])
+    if settings.compare:
+        result = compare(*map(Path, settings.compare), lambda found: choose_languages(settings, found), settings.group_by)
+        print_comparison(result)
+        if settings.out:
+            write_json(Path(settings.out) / "compare.json", result)
+        return
+
+    device, dtype = choose_device(settings.device, settings.dtype)
+    with start(device) as world:
+        data = find_data(settings)
+        notice = None
+        if DEMO in [data.resolve(), *data.resolve().parents]:
+            notice = f"{data} is a bundled sample of machine-written text: its figures are no score of any benchmark"
+            if settings.bench != "nll":
+                notice += f"; python -m mala.tasks download {settings.bench} brings the real one"
+        if notice and world.is_main:
+            print(notice)
+        evaluate(settings, data, notice is not None, dtype, world)
+        if notice and world.is_main:
+            print(notice)
+
+
+def evaluate(settings: Settings, data: Path, is_sample: bool, dtype: torch.dtype, world: World) -> None:
+    out = Path(settings.out or f"out/{settings.bench}")
+    jobs = read_jobs(settings, data)
+    base, adapter = find_model(settings)
+    model, tokenizer = load(base, adapter, dtype, world.device)
+    held = lock(out) if world.is_main else None  # until this process ends
+    name_files(jobs, out / "done", model, tokenizer, settings)
+
+    # Score: the largest jobs first, each process its own.
+    todo = world.from_main(lambda: [number for number, job in enumerate(jobs) if not job.file.exists()])
+    mine = [jobs[todo[i]] for i in deal([jobs[number].size() for number in todo], world.size)[world.rank]]
+    bar = tqdm(total=sum(len(job.items) for job in mine), desc=settings.bench, unit="example", leave=False,
+               disable=None if world.is_main else True)  # fmt: skip
+    with bar:
+        for number, job in enumerate(mine):
+            bar.set_postfix(language=f"{job.language}, {number + 1} of {len(mine)}")
+            began = time.perf_counter()
+            predictions = predict(job, model, tokenizer, settings, bar.update)
+            write_done(job.file, time.perf_counter() - began, predictions)
+    world.wait()
+    if world.is_main:
+        write_results(jobs, out, settings, data, is_sample, base, adapter)
+        held.close()
+
+
+def read_jobs(settings: Settings, data: Path) -> list[Job]:
+    """Everything that is to be measured, read before any of it is: a mistake in the data is found at once."""
+    if settings.bench == "nll":
+        corpus = Corpus(data, settings.langs, settings.held_out, settings.max_held_out)
+        corpus.languages = choose_languages(settings, corpus.languages)
+        return [Job(language, texts[: settings.limit]) for language, texts in corpus.load(settings.split).items()]
+    task = TASKS[settings.bench](data)
+    return [
+        Job(language, task.examples(language, settings.split, settings.shots, seed, settings.limit), seed)
+        for language in choose_languages(settings, task.languages(settings.langs))
+        for seed in settings.seeds
+    ]
+
+
+def choose_languages(settings: Settings, found: list[str]) -> list[str]:
+    """Those of `found` that --langs and --langs-file name."""
+    if settings.langs:
+        found = [language for language in found if language in settings.langs]
+    if settings.langs_file:
+        listed = read_languages(Path(settings.langs_file))
+        found = [language for language in found if language in listed]
+    if not found:
+        raise UserError(f"{settings.langs_file or '--langs'}: names no language that the data hold")
+    return found
+
+
+def name_files(jobs: list[Job], folder: Path, model: Llama, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Where each job's predictions are kept: under a name that tells all that they depend on. So another model, another text or
+    another version of this code never takes them for its own, and every run may go on with what it finds."""
+    digest = hashlib.sha256(tokenizer.model)
+    for source in sorted((ROOT / "mala").glob("*.py")):
+        digest.update(source.read_bytes())
+    for name, parameter in model.named_parameters():  # other weights differ at the beginning of their tensors, too
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {parameter.device.type}".encode())
+        digest.update(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes())
+    digest.update(json.dumps([settings.bench, settings.protocol]).encode())
+    for job in jobs:
+        of_job = digest.copy()
+        of_job.update(
+            json.dumps([job.language, job.seed, [vars(item) if job.seed is not None else item for item in job.items]]).encode()
+        )
+        seed = "" if job.seed is None else f"-{job.seed}"
+        job.file = folder / f"{job.language}{seed}-{of_job.hexdigest()[:16]}.json"
+
+
+def deal(sizes: list[int], processes: int) -> list[list[int]]:
+    """The jobs of each process, as their numbers, the largest first; each goes to the process that has least to do."""
+    hands: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        process = loads.index(min(loads))
+        hands[process].append(number)
+        loads[process] += sizes[number]
+    return hands
+
+
+def predict(job: Job, model: Llama, tokenizer: Tokenizer, settings: Settings, advance: Callable) -> list[Prediction]:
+    if settings.bench == "nll":
+        predictions = predict_documents(model, tokenizer, job.language, job.items, batch_size=settings.batch_size)
+        advance(len(job.items))
+        return predictions
+    return predict_labels(model, tokenizer, job.language, job.items, TASKS[settings.bench].labels, job.seed, settings.protocol,
+                          settings.batch_size, advance)  # fmt: skip
+
+
+def write_done(file: Path, seconds: float, predictions: list[Prediction]) -> None:
+    with atomic_file(file) as opened:
+        json.dump({"seconds": seconds, "predictions": predictions}, opened, ensure_ascii=False)
+
+
+def write_results(jobs: list[Job], out: Path, settings: Settings, data: Path, is_sample: bool, base: Path,
+                  adapter: Path | None) -> None:  # fmt: skip
+    seconds, by_language = 0.0, {}
+    with atomic_file(out / "predictions.jsonl") as predictions:
+        for job in jobs:
+            done = read_json(job.file)
+            seconds += done["seconds"]
+            by_language.setdefault(job.language, []).extend(done["predictions"])
+            predictions.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in done["predictions"])
+    languages = {language: summarise(predictions) for language, predictions in by_language.items()}
+    is_nll, examples = settings.bench == "nll", sum(len(job.items) for job in jobs)
+    result = {
+        "bench": settings.bench, "data": str(data), "sample": is_sample, "model": str(base),
+        "adapter": str(adapter) if adapter else None, "protocol": None if is_nll else settings.protocol,
+        "shots": None if is_nll else settings.shots,
+        "seed": None if is_nll or len(settings.seeds) > 1 else settings.seeds[0],
+        "seeds": None if is_nll else list(settings.seeds), "split": settings.split, "limit": settings.limit,
+        **with_macro(languages, settings.group_by),
+        "seconds": seconds, "examples_per_second": examples / seconds,  # of scoring, of all processes and runs together
+    }  # fmt: skip
+    if plots.is_available():
+        plots.draw_results(result, out / "results.png")
+    write_json(out / "results.json", result)
+
+    print_results(result)
+    what = f"{examples:,} documents, NLL in nats" if is_nll else f"{examples:,} examples"
+    print(f"{base}{f' + {adapter}' if adapter else ''}: {len(languages)} languages, {what}, {seconds:.0f} s; "
+          f"{out / 'results.json'}")  # fmt: skip
 
 
 def find_data(settings: Settings) -> Path:
@@ -57,18 +256,19 @@ def find_data(settings: Settings) -> Path:
     for place in [*places, Path("data")]:
         if (place / settings.bench).is_dir():
             return place / settings.bench
-    return DEMO / "sib200"
+    return DEMO / ("sib200" if settings.bench == "nll" else settings.bench)
 
 
 def find_model(settings: Settings) -> tuple[Path, Path | None]:
     """The folders of the base checkpoint and of the adapter, if there is one."""
-    model = Path(settings.model) if settings.model else Path("out/demo")
+    model = hub.find(settings.model) if settings.model else Path("out/demo")
     if not settings.model and not (model / "adapter").is_dir():
         model = ROOT / "assets/tiny-llama"
-    adapter = Path(settings.adapter) if settings.adapter else None
-    if adapter and not settings.model:  # the adapter's own base, where it names one that is here
+    adapter = hub.find(settings.adapter) if settings.adapter else None
+    if adapter and not settings.model:  # the adapter's own base, where it names one that is here or on the hub
         named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        return Path(named) if isinstance(named, str) and Path(named).is_dir() else model, adapter
+        base = hub.find(named) if isinstance(named, str) and named else model
+        return base if base.is_dir() else model, adapter
     if (model / "adapter").is_dir():  # a folder that train.py left
         adapter = adapter or model / "adapter"
         if (model / "base").is_dir():
@@ -77,62 +277,16 @@ def find_model(settings: Settings) -> tuple[Path, Path | None]:
     return model, adapter
 
 
-def load(base: Path, adapter: Path | None, settings: Settings) -> tuple[Llama, Tokenizer]:
-    device, dtype = choose_device(settings.device, settings.dtype)
-    model = Llama.from_pretrained(base, dtype, device)
+def load(base: Path, adapter: Path | None, dtype: torch.dtype, device: str) -> tuple[Llama, Tokenizer]:
+    model = Llama.from_pretrained(base, dtype, device).eval()
     tokenizer_in = base
     if adapter is not None:
         load_adapter(model, adapter)
-        if (adapter / "tokenizer.model").exists():
+        if any((adapter / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
             tokenizer_in = adapter
-    tokenizer = Tokenizer.from_pretrained(tokenizer_in)
+    tokenizer = load_tokenizer(tokenizer_in)
     tokenizer.check_fits(model.config.vocab_size)
-    return model, tokenizer
-
-
-def main() -> None:
-    settings = parse(Settings, __doc__.split("\n\n")[0])
-    started = time.perf_counter()
-    data = find_data(settings)
-    is_sample = DEMO in [data.resolve(), *data.resolve().parents]
-    notice = f"{data} is a bundled sample of machine-written text: its figures are no score of any benchmark"
-    if is_sample:
-        print(notice)
-
-    documents = Corpus(data, settings.langs, settings.held_out, settings.max_held_out).load(settings.split)
-    documents = {language: texts[: settings.limit] for language, texts in documents.items()}
-    base, adapter = find_model(settings)
-    model, tokenizer = load(base, adapter, settings)
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-
-    scoring = time.perf_counter()
-    languages = {}
-    with atomic_file(out / "predictions.jsonl") as predictions:
-        for language, texts in tqdm(documents.items(), desc=settings.bench, unit="language", leave=False, disable=None):
-            nll, tokens = documents_nll(model, tokenizer, texts)
-            for number, (document_nll, document_tokens) in enumerate(zip(nll, tokens)):
-                line = {"lang": language, "id": number, "nll": document_nll, "tokens": document_tokens}
-                predictions.write(json.dumps(line) + "\n")
-            languages[language] = summarise(texts, nll, tokens)
-    result = with_macro(languages)
-    seconds, scoring_seconds = time.perf_counter() - started, time.perf_counter() - scoring
-    examples = sum(len(texts) for texts in documents.values())
-    write_json(out / "results.json", {
-        "bench": settings.bench, "data": str(data), "sample": is_sample, "model": str(base),
-        "adapter": str(adapter) if adapter else None, "shots": None, "seed": None, "split": settings.split, **result,
-        "seconds": seconds, "examples_per_second": examples / scoring_seconds,
-    })  # fmt: skip
-
-    keys = ("nll_per_document", "nll_per_token", "bits_per_byte")
-    rows = [(language, str(scores["documents"]), *(f"{scores[key]:.2f}" for key in keys))
-            for language, scores in [*result["languages"].items(),
-                                     ("macro-average", {"documents": examples, **result["macro"]})]]  # fmt: skip
-    print_table(("language", "documents", "NLL/document", "NLL/token", "bits/byte"), rows)
-    print(f"{base}{f' + {adapter}' if adapter else ''}: {len(documents)} languages, {examples:,} documents, {seconds:.0f} s; "
-          f"NLL in nats; {out / 'results.json'}")  # fmt: skip
-    if is_sample:
-        print(notice)
+    return model.eval(), tokenizer
 
 
 if __name__ == "__main__":

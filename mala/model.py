@@ -160,7 +160,8 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device) -> torch.Tenso
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair of dimensions (i, i + head_dim/2), the Hugging Face halves, by its angle.
 
-    x: (B, heads, T, head_dim). cos, sin: (T, head_dim / 2) float32. The product is taken in float32 and rounded once.
+    x: (B, heads, T, head_dim). cos, sin: (T, head_dim / 2) float32, or (B, 1, T, head_dim / 2) where the positions of the rows
+    differ. The product is taken in float32 and rounded once.
     """
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
@@ -211,7 +212,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, self.K * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.H * self.head_dim, D, bias=bias)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None,
+                cache: KVCache | None) -> torch.Tensor:  # fmt: skip
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.H, self.head_dim).transpose(1, 2)  # (B, H, T, head_dim)
         k = self.k_proj(x).view(B, T, self.K, self.head_dim).transpose(1, 2)  # (B, K, T, head_dim)
@@ -219,11 +221,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S+T, head_dim)
-        S = k.shape[2] - T
-        # Trap: `is_causal` aligns the triangle to the top left, which is wrong once the cache holds S > 0 tokens.
-        # New token t, at position S + t, sees positions 0 .. S + t.
-        mask = torch.ones(T, S + T, dtype=torch.bool, device=x.device).tril(S) if S and T > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == 0, enable_gqa=self.K != self.H)
+        is_causal = mask is None and k.shape[2] == T  # without either a single new token sees all that the cache holds
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.K != self.H)
         y = y.transpose(1, 2).reshape(B, T, self.H * self.head_dim)  # heads side by side again
         return self.o_proj(y)
 
@@ -250,8 +249,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None,
+                cache: KVCache | None) -> torch.Tensor:  # fmt: skip
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -293,21 +293,33 @@ class Llama(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
 
-    def hidden_states(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """tokens (B, T) int64 -> (B, T, D): what `lm_head` reads, after the last norm."""
+    def hidden_states(self, tokens: torch.Tensor, cache: KVCache | None = None, positions: torch.Tensor | None = None,
+                      mask: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """tokens (B, T) int64 -> (B, T, D): what `lm_head` reads, after the last norm.
+
+        By default token t comes after tokens 0 .. t - 1, and after those in the cache. `positions` (B, T) and `mask`
+        (B, 1, T, T) bool, true where a token (row) sees another (column), make a tree of a row instead of a line.
+        """
+        T, S, device = tokens.shape[1], cache.length if cache is not None else 0, tokens.device
         compute_dtype = self.model["layers"][0].mlp.down_proj.weight.dtype
         x = self.model["embed_tokens"](tokens).to(compute_dtype)  # (B, T, D)
-        start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device, dtype=torch.float32)
-        angles = torch.outer(positions, rotary_frequencies(self.config, tokens.device))  # (T, head_dim / 2)
+        if mask is None and S and T > 1:
+            # Trap: SDPA's `is_causal` aligns the triangle to the top left, which is wrong once the cache holds S > 0 tokens.
+            # New token t, at position S + t, sees positions 0 .. S + t.
+            mask = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
+        if positions is None:
+            positions = torch.arange(S, S + T, device=device)
+        angles = positions[..., None].float() * rotary_frequencies(self.config, device)  # (T, head_dim / 2)
+        if angles.ndim == 3:
+            angles = angles[:, None]  # (B, T, head_dim / 2) -> (B, 1, T, head_dim / 2), for all heads
         cos, sin = angles.cos(), angles.sin()
         for block in self.model["layers"]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, cos, sin, cache, use_reentrant=False)
+                x = recompute(block, x, cos, sin, mask, cache, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache)
+                x = block(x, cos, sin, mask, cache)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.length += T
         return self.model["norm"](x)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None,

@@ -1,20 +1,44 @@
-"""Negative log-likelihood of documents, the measure by which MaLA-500 compares models across tokenizers."""
+"""What a model makes of text: the negative log-likelihood of documents, and the log-likelihood of labels after a context.
+
+Both are sums over tokens, in float32, and neither ever holds the logits of a batch. Sequences of like length share a batch;
+what fills up a row stands to its right, where no token looks.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from mala.cross_entropy import IGNORE_INDEX
+from mala.cli import UserError
+from mala.cross_entropy import IGNORE_INDEX, token_nll
 from mala.distributed import World
 from mala.model import Llama
+from mala.results import Prediction, best_label, summarise, with_macro
+from mala.tasks import Example
 from mala.tokenizer import Tokenizer
 
-BATCH_TOKENS = 4096
+# Tokens of a batch. On a CPU what lies between two matrix products then stays in its caches; a GPU wants to be filled.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
+MAX_LENGTH = 2048  # tokens that a model reads before a label, in the published protocol
 ALONE = World()
+
+
+def batches(widths: list[int], device: torch.device, batch_size: int | None = None) -> list[list[int]]:
+    """Deal sequences of these widths out to batches, as their numbers: `batch_size` a batch, or as many as hold BATCH_TOKENS.
+
+    The longest come first, so that no later batch needs more memory.
+    """
+    order = sorted(range(len(widths)), key=lambda number: (widths[number], number))
+    dealt = []
+    while order:
+        room = batch_size or max(1, BATCH_TOKENS[device.type] // widths[order[-1]])
+        dealt.append([order.pop() for _ in range(min(len(order), room))])
+    return dealt
 
 
 def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -33,13 +57,12 @@ def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str], world: World = ALONE
-                  ) -> tuple[list[float], list[int]]:  # fmt: skip
+def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str], world: World = ALONE,
+                  batch_size: int | None = None) -> tuple[list[float], list[int]]:  # fmt: skip
     """−Σ ln p over all tokens of each document after `<s>`, in nats, and how many tokens these are.
 
-    Softmax and sums are float32. Windows of like length share a batch of at most 4,096 tokens (one row, where a single
-    window is longer); what fills up a row stands to its right, where causal attention never looks. Several processes take
-    turns with the batches, and all of them get all figures.
+    Documents longer than the model's context are read in `windows`. Several processes with a sharded model take turns with the
+    batches, and all of them get all figures.
     """
     was_training = model.training
     model.eval()
@@ -50,15 +73,11 @@ def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str], worl
         for document, ids in enumerate(encoded)
         for window in windows(len(ids), model.config.max_position_embeddings)
     ]
-    jobs.sort(key=lambda job: (job[3] - job[1], job))  # by window length
-    batches = []
-    while jobs:
-        width = jobs[-1][3] - jobs[-1][1] - 1  # the longest comes last: no batch needs more memory than the first
-        batches.append([jobs.pop() for _ in range(min(len(jobs), max(1, BATCH_TOKENS // width)))])
+    dealt = batches([end - start - 1 for _, start, _, end in jobs], device, batch_size)
     nll = torch.zeros(len(documents), dtype=torch.float64, device=device)
-    for turn in range(world.rank, len(batches) + world.rank, world.size):
+    for turn in range(world.rank, len(dealt) + world.rank, world.size):
         # A sharded model computes only when all processes do: one that is left without a batch repeats the last.
-        batch = batches[min(turn, len(batches) - 1)]
+        batch = [jobs[number] for number in dealt[min(turn, len(dealt) - 1)]]
         width = batch[0][3] - batch[0][1] - 1
         tokens = torch.zeros(len(batch), width, dtype=torch.int64)  # (B, T)
         targets = torch.full((len(batch), width), IGNORE_INDEX)  # (B, T)
@@ -67,30 +86,131 @@ def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str], worl
             tokens[row, : len(ids) - 1] = ids[:-1]
             targets[row, first - start - 1 : len(ids) - 1] = ids[first - start :]
         losses = model(tokens.to(device), targets=targets.to(device), reduction="none").sum(1)  # (B,)
-        if turn < len(batches):
+        if turn < len(dealt):
             nll.index_add_(0, torch.tensor([document for document, *_ in batch], device=device), losses.double())
     model.train(was_training)
     return world.sum(nll).tolist(), [len(ids) - 1 for ids in encoded]
 
 
-def summarise(documents: list[str], nll: list[float], tokens: list[int]) -> dict[str, float]:
-    """One language's figures: documents, tokens, bytes (UTF-8), nll_per_document and nll_per_token (nats), bits_per_byte."""
-    size = sum(len(text.encode()) for text in documents)
-    return {
-        "documents": len(documents),
-        "tokens": sum(tokens),
-        "bytes": size,
-        "nll_per_document": sum(nll) / len(documents),
-        "nll_per_token": sum(nll) / sum(tokens),
-        "bits_per_byte": sum(nll) / size / math.log(2),
-    }
+@dataclass
+class Tree:
+    """A context, and continuations that branch off its end: each sees the context and itself, at the positions that it would
+    have right after the context. So one pass gives what one pass for every continuation would."""
+
+    context: list[int]
+    continuations: dict[tuple[int, int], list[int]]  # (number of the example, number of the continuation) -> its tokens
+
+    @property
+    def width(self) -> int:
+        """Tokens to read: all but the last of each continuation, after which nothing is predicted."""
+        return len(self.context) + sum(len(ids) - 1 for ids in self.continuations.values())
 
 
-def with_macro(languages: dict[str, dict[str, float]]) -> dict[str, dict]:
-    """`{"languages": ..., "macro": ...}`: the macro-average gives every language the same weight."""
-    keys = ("nll_per_document", "nll_per_token", "bits_per_byte")
-    macro = {key: sum(figures[key] for figures in languages.values()) / len(languages) for key in keys}
-    return {"languages": languages, "macro": macro}
+def trees(encoded: list[tuple[list[int], list[list[int]]]], max_length: int) -> list[Tree]:
+    """Of (context, continuations), the published cut: before its last token a model reads at most `max_length`, the last ones.
+
+    Where a context must be cut, longer continuations leave less of it, so that only those of one length share a tree.
+    """
+    grown = []
+    for example, (context, continuations) in enumerate(encoded):
+        longest = max(map(len, continuations))
+        if longest > max_length:
+            raise UserError(f"a label takes {longest} tokens, and the model reads {max_length}; use one with a longer context")
+        is_cut = len(context) + longest - 1 > max_length
+        groups = defaultdict(dict)
+        for number, ids in enumerate(continuations):
+            groups[len(ids) if is_cut else longest][example, number] = ids
+        grown += [Tree(context[-(max_length + 1 - length) :], group) for length, group in groups.items()]
+    return grown
+
+
+@torch.no_grad()
+def loglikelihoods(model: Llama, encoded: list[tuple[list[int], list[list[int]]]], max_length: int = MAX_LENGTH,
+                   batch_size: int | None = None, advance: Callable[[float], None] = lambda examples: None
+                   ) -> list[list[float]]:  # fmt: skip
+    """Σ ln p of the tokens of every continuation after its context, in nats; `encoded` holds (context, continuations).
+
+    Only the positions that predict a token of a continuation meet `lm_head`. `advance` is told how many examples are done.
+    """
+    device = model.lm_head.weight.device
+    results = [[0.0] * len(continuations) for _, continuations in encoded]
+    grown = trees(encoded, min(max_length, model.config.max_position_embeddings))
+    for numbers in batches([tree.width for tree in grown], device, batch_size):
+        batch = [grown[number] for number in numbers]
+        tokens = torch.zeros(len(batch), batch[0].width, dtype=torch.int64)  # (B, T), as the next two
+        positions, branches = torch.zeros_like(tokens), torch.zeros_like(tokens)  # branch 0 is the context, seen by all
+        rows, columns, targets = [], [], []  # the token in this row and column predicts this target
+        for row, tree in enumerate(batch):
+            length = end = len(tree.context)
+            tokens[row, :length] = torch.tensor(tree.context)
+            positions[row, :length] = torch.arange(length)
+            for branch, ids in enumerate(tree.continuations.values(), 1):
+                start, end = end, end + len(ids) - 1
+                tokens[row, start:end] = torch.tensor(ids[:-1], dtype=torch.int64)
+                positions[row, start:end] = torch.arange(length, length + end - start)
+                branches[row, start:end] = branch
+                rows += [row] * len(ids)
+                columns += [length - 1, *range(start, end)]
+                targets += ids
+        branches = branches.to(device)
+        seen, seeing = branches[:, None, :], branches[:, :, None]
+        mask = ((seen == 0) | (seen == seeing)).tril()  # (B, T, T)
+        x = model.hidden_states(tokens.to(device), positions=positions.to(device), mask=mask[:, None])  # (B, T, D)
+        nll = token_nll(x[rows, columns], model.lm_head.weight, torch.tensor(targets, device=device)).cpu()  # (N,)
+        done = [(place, len(ids)) for tree in batch for place, ids in tree.continuations.items()]
+        for ((example, number), _), losses in zip(done, nll.split([length for _, length in done])):
+            results[example][number] = -losses.sum().item()
+        advance(sum(len(tree.continuations) / len(results[next(iter(tree.continuations))[0]]) for tree in batch))
+    return results
+
+
+def encode_published(tokenizer: Tokenizer, examples: list[Example], labels: list[str]
+                     ) -> list[tuple[list[int], list[list[int]]]]:  # fmt: skip
+    """(context, one continuation a label) of each example as published: no `<s>`, context and label encoded apart."""
+    continuations = [tokenizer.encode(f" {label}") for label in labels]
+    contexts = tokenizer.encode_batch([example.context for example in examples])
+    return [(context, continuations) for context in contexts]
+
+
+def encode_natural(tokenizer: Tokenizer, examples: list[Example], labels: list[str]
+                   ) -> list[tuple[list[int], list[list[int]]]]:  # fmt: skip
+    """The same as a model meets text in training: after `<s>`, context and label encoded as one text.
+
+    What all labels of an example have in common is its context.
+    """
+    encoded = []
+    for example in examples:
+        context, *texts = tokenizer.encode_batch(
+            [example.context, *(f"{example.context} {label}" for label in labels)], bos=True
+        )
+        shared = len(os.path.commonprefix([context, *texts]))  # it takes lists, too
+        encoded.append((context[:shared], [ids[shared:] for ids in texts]))
+    return encoded
+
+
+PROTOCOLS = {"published": encode_published, "natural": encode_natural}
+
+
+def predict_documents(model: Llama, tokenizer: Tokenizer, language: str, documents: list[str], world: World = ALONE,
+                      batch_size: int | None = None) -> list[Prediction]:  # fmt: skip
+    """One prediction a document, as mala/results.py describes it."""
+    scored = zip(documents, *documents_nll(model, tokenizer, documents, world, batch_size))
+    return [{"lang": language, "id": number, "nll": nll, "tokens": tokens, "bytes": len(text.encode())}
+            for number, (text, nll, tokens) in enumerate(scored)]  # fmt: skip
+
+
+def predict_labels(model: Llama, tokenizer: Tokenizer, language: str, examples: list[Example], labels: list[str], seed: int,
+                   protocol: str = "published", batch_size: int | None = None,
+                   advance: Callable[[float], None] = lambda examples: None) -> list[Prediction]:  # fmt: skip
+    """One prediction an example, as mala/results.py describes it."""
+    encoded = PROTOCOLS[protocol](tokenizer, examples, labels)
+    max_length = MAX_LENGTH if protocol == "published" else model.config.max_position_embeddings
+    predictions = []
+    for example, scores in zip(examples, loglikelihoods(model, encoded, max_length, batch_size, advance)):
+        prediction = {"lang": language, "id": example.id, "seed": seed, "shots": example.shots, "label": example.label,
+                      "prediction": "", "loglikelihoods": dict(zip(labels, scores))}  # fmt: skip
+        predictions.append({**prediction, "prediction": best_label(prediction)})
+    return predictions
 
 
 def nll_by_language(model: Llama, tokenizer: Tokenizer, documents: dict[str, list[str]], description: str,
@@ -98,4 +218,6 @@ def nll_by_language(model: Llama, tokenizer: Tokenizer, documents: dict[str, lis
     """language -> documents to the figures of every language and their macro-average."""
     hidden = None if world.is_main else True  # None: where there is a terminal to show it on
     bar = tqdm(documents.items(), desc=description, unit="language", leave=False, disable=hidden)
-    return with_macro({language: summarise(texts, *documents_nll(model, tokenizer, texts, world)) for language, texts in bar})
+    return with_macro(
+        {language: summarise(predict_documents(model, tokenizer, language, texts, world)) for language, texts in bar}
+    )

@@ -1,7 +1,8 @@
-"""A LLaMA tokenizer: a thin wrapper around a SentencePiece model file (`tokenizer.model`)."""
+"""A LLaMA tokenizer: a thin wrapper around a SentencePiece model file (`tokenizer.model`), or around a `tokenizer.json`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +119,60 @@ class Tokenizer:
         if not all(segments):
             raise UserError(f"{self.name}: drops characters (its normalisation is not LLaMA's), so pieces have no segmentation")
         return segments
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`, such as LLaMA 3's byte-level BPE, through the package `tokenizers`: text to ids and back, no more."""
+
+    def __init__(self, path: Path):
+        try:
+            import tokenizers
+        except ModuleNotFoundError:
+            raise UserError(f"{path}: a tokenizer.json takes the package tokenizers: pip install tokenizers") from None
+        self.model, self.name = path.read_bytes(), str(path)
+        try:
+            self.fast = tokenizers.Tokenizer.from_str(self.model.decode())
+        except Exception as error:  # the package raises nothing more particular
+            raise UserError(f"{path}: truncated or no tokenizer.json ({str(error)[:200]}); download it again") from None
+        # Traps: the file may ask for truncation and padding, and by default "</s>" in a text becomes the control token.
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        self.fast.encode_special_tokens = True
+
+    @cached_property
+    def bos_id(self) -> int:
+        """What begins a text, by `tokenizer_config.json` (`bos_token`), else by `config.json` (`bos_token_id`)."""
+        for name, key in (("tokenizer_config.json", "bos_token"), ("config.json", "bos_token_id")):
+            try:
+                token = json.loads(Path(self.name).with_name(name).read_text(encoding="utf-8")).get(key)
+            except (OSError, ValueError, AttributeError):
+                continue
+            token = token.get("content") if isinstance(token, dict) else token
+            bos_id = self.fast.token_to_id(token) if isinstance(token, str) else token
+            if isinstance(bos_id, int):
+                return bos_id
+        raise UserError(f"{self.name}: no bos_token in tokenizer_config.json nor bos_token_id in config.json beside it, and a "
+                        "document begins with one; add it")  # fmt: skip
+
+    def __len__(self) -> int:
+        return 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        return self.encode_batch([text], bos)[0]
+
+    def encode_batch(self, texts: list[str], bos: bool = False) -> list[list[int]]:
+        first = [self.bos_id] if bos else []
+        return [first + encoding.ids for encoding in self.fast.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.fast.decode(ids)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The `tokenizer.model` of a folder, else its `tokenizer.json`. Raises UserError where it has neither."""
+    if not (folder / "tokenizer.model").exists() and (folder / "tokenizer.json").exists():
+        return JsonTokenizer(folder / "tokenizer.json")
+    return Tokenizer.from_pretrained(folder)
 
 
 class WordPacker(dict):

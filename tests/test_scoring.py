@@ -1,4 +1,4 @@
-"""mala.scoring against transformers' loss, and its windows against one long pass."""
+"""mala.scoring against transformers' loss, its windows against one long pass, its trees against one pass for every label."""
 
 import math
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, tiny_config
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mala import scoring
+from mala.cli import UserError
 from mala.corpus import Corpus
 from mala.model import Llama
-from mala.scoring import documents_nll, nll_by_language, windows
+from mala.scoring import documents_nll, loglikelihoods, nll_by_language, windows
+from mala.tasks import SIB200, Example
 from mala.tokenizer import Tokenizer
 
 TINY = ROOT / "assets/tiny-llama"
@@ -31,7 +33,7 @@ def test_windows_predict_every_token_once_from_enough_context(length, context):
 
 
 def test_documents_equal_transformers_loss(monkeypatch):
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", 300)  # several batches, of several rows
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": 300})  # several batches, of several rows
     documents = [text for language in ("eng_Latn", "swh_Latn", "amh_Ethi") for text in DEMO[language][:6]] + ["a"]
     model = Llama.from_pretrained(TINY, dtype=torch.float32)
     reference = transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32)
@@ -70,5 +72,74 @@ def test_figures():
         assert figures["tokens"] == sum(len(TOKENIZER.encode(text)) for text in texts)
         assert figures["nll_per_document"] == pytest.approx(total / 3)
         assert figures["bits_per_byte"] == pytest.approx(total / figures["bytes"] / math.log(2))
-    for key, value in result["macro"].items():
-        assert value == pytest.approx(sum(result["languages"][language][key] for language in documents) / 2)
+    for key in ("nll_per_document", "nll_per_token", "bits_per_byte"):
+        assert result["macro"][key] == pytest.approx(sum(result["languages"][language][key] for language in documents) / 2)
+
+
+RANDOM = Llama(tiny_config(vocab_size=50, max_position_embeddings=40, initializer_range=0.3))
+RANDOM.init_weights(0)
+IDS = st.integers(0, 49)
+CONTINUATIONS = st.lists(st.lists(IDS, min_size=1, max_size=9), min_size=1, max_size=5)
+
+
+@given(
+    encoded=st.lists(st.tuples(st.lists(IDS, min_size=1, max_size=60), CONTINUATIONS), max_size=4),
+    max_length=st.integers(9, 50),
+    batch_size=st.sampled_from([None, 1, 3]),
+)
+@settings(deadline=None, max_examples=25)
+def test_a_tree_gives_what_one_pass_for_every_continuation_gives(encoded, max_length, batch_size):
+    done = []
+    ours = loglikelihoods(RANDOM, encoded, max_length, batch_size, done.append)
+    assert sum(done) == pytest.approx(len(encoded)) and len(ours) == len(encoded)
+    for (context, continuations), scores in zip(encoded, ours):
+        for continuation, score in zip(continuations, scores, strict=True):
+            ids = torch.tensor([(context + continuation)[-(min(max_length, 40) + 1) :]])
+            log_p = torch.log_softmax(RANDOM(ids[:, :-1])[0].detach(), -1)[-len(continuation) :]
+            expected = log_p.gather(1, torch.tensor(continuation)[:, None]).sum().item()
+            assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_label_longer_than_the_context_is_refused():
+    with pytest.raises(UserError, match="a label takes 41 tokens, and the model reads 40"):
+        loglikelihoods(RANDOM, [([1], [[2] * 41])])
+
+
+def test_only_label_positions_meet_the_head(monkeypatch):
+    rows = []
+    counting = scoring.token_nll
+    monkeypatch.setattr(scoring, "token_nll", lambda x, *rest: rows.append(len(x)) or counting(x, *rest))
+    loglikelihoods(RANDOM, [([1] * 30, [[2], [3, 4, 5]]), ([6] * 20, [[7, 8]])])
+    assert sum(rows) == 1 + 3 + 2
+
+
+@given(widths=st.lists(st.integers(1, 3000)), batch_size=st.none() | st.integers(1, 5))
+def test_batches_hold_every_sequence_once_and_no_more_than_fits(widths, batch_size):
+    dealt = scoring.batches(widths, torch.device("cpu"), batch_size)
+    assert sorted(number for batch in dealt for number in batch) == list(range(len(widths)))
+    assert [widths[number] for batch in dealt for number in batch] == sorted(widths, reverse=True)
+    for batch in dealt:
+        if batch_size:
+            assert len(batch) <= batch_size
+        else:
+            assert len(batch) == 1 or len(batch) * widths[batch[0]] <= scoring.BATCH_TOKENS["cpu"]
+
+
+def test_natural_and_published_encodings():
+    examples = SIB200(ROOT / "assets/demo/sib200").examples("swh_Latn", limit=5)
+    natural = scoring.encode_natural(TOKENIZER, examples, SIB200.labels)
+    published = scoring.encode_published(TOKENIZER, examples, SIB200.labels)
+    for example, (context, continuations), (bare, apart) in zip(examples, natural, published):
+        for label, continuation, alone in zip(SIB200.labels, continuations, apart):
+            assert context + continuation == TOKENIZER.encode(f"{example.context} {label}", bos=True)
+            assert TOKENIZER.decode(continuation) == label
+            assert bare == TOKENIZER.encode(example.context) and alone == TOKENIZER.encode(f" {label}")
+            assert alone[0] == TOKENIZER.processor.piece_to_id("▁") and alone[1:] == continuation  # the published second space
+
+    # Where the label's beginning changes how the context is cut, what all labels share is the context.
+    class Greedy:
+        def encode_batch(self, texts, bos):
+            return [[0] + [len(word) for word in text.replace("s t", "st").split()] for text in texts]
+
+    [(context, continuations)] = scoring.encode_natural(Greedy(), [Example("1", "a is", "b", [])], ["to", "be"])
+    assert context == [0, 1] and continuations == [[4], [2, 2]]

@@ -1,6 +1,8 @@
 """mala.tokenizer: a wrapper, so few tests; the oracle is transformers' LlamaTokenizer."""
 
 import pickle
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mala.cli import UserError
-from mala.tokenizer import Tokenizer, WordPacker, message_fields
+from mala.tokenizer import Tokenizer, WordPacker, load_tokenizer, message_fields
 from mala.vocab import append_pieces, count_words, train_pieces
 
 TINY = ROOT / "assets/tiny-llama"
@@ -120,3 +122,52 @@ def test_a_packer_goes_to_another_process():
     packer = WordPacker(PLAIN, "uint16")
     copy = pickle.loads(pickle.dumps(packer))
     assert copy.pack("one two ጤና") == packer.pack("one two ጤና") and copy.by_words
+
+
+def test_a_tokenizer_json_gives_transformers_ids(tmp_path):
+    import transformers
+    from test_evaluate import save_byte_level
+
+    texts = [
+        line for file in sorted((ROOT / "assets/demo/sib200").glob("*/train.tsv")) for line in file.read_text().splitlines()
+    ]
+    save_byte_level(tmp_path, texts[:100])
+    ours = load_tokenizer(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert len(ours) == 600 and ours.bos_id == 0
+    for text in [*texts[::40], "", " travel", "a\nb  c", "😀\u200d"]:
+        expected = theirs.encode(text, add_special_tokens=False, truncation=False, padding=False)
+        assert ours.encode(text) == expected and ours.decode(expected) == text
+        assert ours.encode_batch([text, "x"], bos=True) == [[0, *expected], [0, *ours.encode("x")]]
+    assert len(ours.encode(" ".join(texts[:50]))) > 1000  # the file asks for truncation at 16
+    assert 0 not in ours.encode("<|begin|>")  # text, not the control token
+    ours.check_fits(600)
+    with pytest.raises(UserError, match=r"tokenizer\.json: 600 pieces, but the model has 599 rows"):
+        ours.check_fits(599)
+
+
+def test_what_begins_a_text_and_errors_of_a_tokenizer_json(tmp_path, monkeypatch):
+    from test_evaluate import save_byte_level
+
+    save_byte_level(tmp_path, ["a b c"], 260)
+    for name, content, expected in [
+        ("tokenizer_config.json", '{"bos_token": "<|end|>"}', 1),
+        ("tokenizer_config.json", '{"bos_token": null}', None),
+        ("config.json", '{"bos_token_id": 7}', 7),
+    ]:
+        (tmp_path / name).write_text(content)
+        if expected is None:
+            with pytest.raises(UserError, match=r"tokenizer\.json: no bos_token in tokenizer_config\.json nor bos_token_id"):
+                load_tokenizer(tmp_path).bos_id  # noqa: B018
+        else:
+            assert load_tokenizer(tmp_path).bos_id == expected
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: truncated or no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json: a tokenizer\.json takes the package tokenizers: pip install tokenizers"
+    ):
+        load_tokenizer(tmp_path)
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    assert type(load_tokenizer(tmp_path)) is Tokenizer  # it goes before the tokenizer.json

@@ -1,0 +1,90 @@
+"""MaLA-500's published evaluation, slow and plain: one full pass of a `transformers` model for every label of every example.
+
+The oracle of tests/test_evaluate.py and the peer of benchmarks/evaluate.py. It shares no code with mala/ and evaluate.py.
+"""
+
+import numpy as np
+import torch
+
+LABELS = {
+    "sib200": "science/technology travel politics sports health entertainment geography".split(),
+    "taxi1500": "Recommendation Faith Description Sin Grace Violence".split(),
+}
+NOUN = {"sib200": "news", "taxi1500": "verse"}
+
+
+def read(root, bench, language, split):
+    """Rows as dicts."""
+    name = f"{split}.tsv" if bench == "sib200" else f"{language}_{split}.tsv"
+    lines = (root / language / name).read_text(encoding="utf-8").split("\n")
+    lines = [line for line in lines if line][1 if bench == "sib200" else 0 :]
+    return [dict(zip(("id", "label", "text"), line.split("\t"))) for line in lines]
+
+
+def few_shot(rng, train, doc, k):
+    """The published sampler: an endless stream of draws, left as soon as one index more than k was asked for."""
+
+    def stream():
+        while True:
+            for index in rng.choice(len(train), size=k, replace=False, shuffle=True):
+                yield int(index)
+
+    found = []
+    if k == 0:
+        return found
+    for index in stream():
+        if len(found) >= k:
+            return found
+        if train[index] == doc:
+            continue
+        found.append(index)
+
+
+def documents(root, bench, language, shots=3, seed=1234, limit=None):
+    """[(row, shots, context)] in the published order."""
+    train, test = read(root, bench, language, "train"), read(root, bench, language, "test")
+
+    def ask(doc):
+        return f'The topic of the {NOUN[bench]} "{doc["text"]}" is'
+
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(test))
+    result = []
+    for number in order[:limit] if limit else order:
+        doc = test[number]
+        chosen = few_shot(rng, train, doc, shots)
+        context = "".join(ask(train[i]) + " " + train[i]["label"] + "\n" for i in chosen) + ask(doc)
+        result.append((doc, chosen, context))
+    return result
+
+
+@torch.no_grad()
+def loglikelihoods(model, encode, requests, batch_size=1, max_length=2048):
+    """requests: (context, continuation), texts. Longest first, padded on the right, `batch_size` full passes at a time."""
+    encoded = [(encode(context), encode(continuation)) for context, continuation in requests]
+    results = [None] * len(requests)
+    order = sorted(range(len(requests)), key=lambda i: -sum(map(len, encoded[i])))
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        inputs = [(encoded[i][0] + encoded[i][1])[-(max_length + 1) :][:-1] for i in chunk]
+        width = max(map(len, inputs))
+        logits = model(torch.tensor([ids + [0] * (width - len(ids)) for ids in inputs])).logits
+        for i, row, ids in zip(chunk, logits, inputs):
+            continuation = encoded[i][1]
+            log_probabilities = torch.log_softmax(row[len(ids) - len(continuation) : len(ids)].float(), dim=-1)
+            results[i] = log_probabilities.gather(1, torch.tensor(continuation)[:, None]).sum().item()
+    return results
+
+
+def evaluate(model, encode, root, bench, language, shots=3, seed=1234, limit=None, batch_size=1, max_length=2048):
+    """One dict an example: id, shots, label, prediction, prediction_norm, loglikelihoods."""
+    labels, examples = LABELS[bench], documents(root, bench, language, shots, seed, limit)
+    requests = [(context, " " + label) for _, _, context in examples for label in labels]
+    scores = np.array(loglikelihoods(model, encode, requests, batch_size, max_length)).reshape(-1, len(labels))
+    lengths = np.array([len(label) for label in labels])
+    return [
+        {"lang": language, "id": doc["id"], "shots": chosen, "label": doc["label"],
+         "prediction": labels[int(np.argmax(row))], "prediction_norm": labels[int(np.argmax(row / lengths))],
+         "loglikelihoods": dict(zip(labels, row.tolist()))}
+        for (doc, chosen, _), row in zip(examples, scores)
+    ]  # fmt: skip
