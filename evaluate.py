@@ -15,20 +15,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from mala import hub, plots
+from mala import plots
 from mala.checkpoint import atomic_file, lock, read_json, write_json
 from mala.cli import UserError, choose_device, option, parse, run
-from mala.corpus import Corpus
+from mala.corpus import Corpus, some
 from mala.distributed import World, start
-from mala.lora import load_adapter
+from mala.load import find_model, load_model
+from mala.lora import LoRALinear
 from mala.model import Llama
 from mala.results import (
     Prediction,
@@ -39,9 +42,9 @@ from mala.results import (
     summarise,
     with_macro,
 )
-from mala.scoring import PROTOCOLS, predict_documents, predict_labels
+from mala.scoring import PROTOCOLS, Advance, predict_documents, predict_labels
 from mala.tasks import TASKS, Example
-from mala.tokenizer import Tokenizer, load_tokenizer
+from mala.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "assets/demo"
@@ -76,7 +79,7 @@ class Settings:
                         choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("batch_size", 1), ("shots", 0), ("seed", 0)):
+        for name, least in (("limit", 1), ("batch_size", 1), ("shots", 0), ("seed", 0), ("max_held_out", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}, expected a number from {least} on")
@@ -92,12 +95,16 @@ class Job:
     """What is measured and written at once: a language, with one choice of shots."""
 
     language: str
-    items: list[str] | list[Example]  # documents or examples
-    seed: int | None = None  # of examples
+    documents: list[str]  # or, where the benchmark asks questions:
+    examples: list[Example]
+    seed: int | None = None  # of the examples
     file: Path | None = None  # {"seconds": ..., "predictions": [...]}, once it is done
 
+    def __len__(self) -> int:
+        return len(self.documents) + len(self.examples)
+
     def size(self) -> int:
-        return sum(len(item if isinstance(item, str) else item.context) for item in self.items)
+        return sum(map(len, self.documents)) + sum(len(example.context) for example in self.examples)
 
 
 def main() -> None:
@@ -110,10 +117,10 @@ def main() -> None:
         return
 
     device, dtype = choose_device(settings.device, settings.dtype)
-    with start(device) as world:
+    with start(device, shards=False) as world:
         data = find_data(settings)
         notice = None
-        if DEMO in [data.resolve(), *data.resolve().parents]:
+        if DEMO in [data.resolve(), *data.resolve().parents] and data.is_dir():
             notice = f"{data} is a bundled sample of machine-written text: its figures are no score of any benchmark"
             if settings.bench != "nll":
                 notice += f"; python -m mala.tasks download {settings.bench} brings the real one"
@@ -126,17 +133,18 @@ def main() -> None:
 
 def evaluate(settings: Settings, data: Path, is_sample: bool, dtype: torch.dtype, world: World) -> None:
     out = Path(settings.out or f"out/{settings.bench}")
-    jobs = read_jobs(settings, data)
-    base, adapter = find_model(settings)
-    model, tokenizer = load(base, adapter, dtype, world.device)
+    jobs = read_jobs(settings, data, world)
+    base, adapter = find_model(settings.model, settings.adapter)
+    model, tokenizer = load_model(base, adapter, dtype, world.device)
     held = lock(out) if world.is_main else None  # until this process ends
     name_files(jobs, out / "done", model, tokenizer, settings)
 
     # Score: the largest jobs first, each process its own.
-    todo = world.from_main(lambda: [number for number, job in enumerate(jobs) if not job.file.exists()])
+    todo = world.from_main(lambda: [number for number, job in enumerate(jobs) if not read_done(job)])
     mine = [jobs[todo[i]] for i in deal([jobs[number].size() for number in todo], world.size)[world.rank]]
-    bar = tqdm(total=sum(len(job.items) for job in mine), desc=settings.bench, unit="example", leave=False,
-               disable=None if world.is_main else True)  # fmt: skip
+    bar = tqdm(
+        total=sum(map(len, mine)), desc=settings.bench, unit="text", leave=False, disable=None if world.is_main else True
+    )
     with bar:
         for number, job in enumerate(mine):
             bar.set_postfix(language=f"{job.language}, {number + 1} of {len(mine)}")
@@ -145,51 +153,62 @@ def evaluate(settings: Settings, data: Path, is_sample: bool, dtype: torch.dtype
             write_done(job.file, time.perf_counter() - began, predictions)
     world.wait()
     if world.is_main:
-        write_results(jobs, out, settings, data, is_sample, base, adapter)
+        write_results(jobs, out, settings, data, is_sample, base, adapter, dtype)
         held.close()
 
 
-def read_jobs(settings: Settings, data: Path) -> list[Job]:
+def read_jobs(settings: Settings, data: Path, world: World) -> list[Job]:
     """Everything that is to be measured, read before any of it is: a mistake in the data is found at once."""
     if settings.bench == "nll":
         corpus = Corpus(data, settings.langs, settings.held_out, settings.max_held_out)
-        corpus.languages = choose_languages(settings, corpus.languages)
-        return [Job(language, texts[: settings.limit]) for language, texts in corpus.load(settings.split).items()]
-    task = TASKS[settings.bench](data)
-    return [
-        Job(language, task.examples(language, settings.split, settings.shots, seed, settings.limit), seed)
-        for language in choose_languages(settings, task.languages(settings.langs))
-        for seed in settings.seeds
-    ]
+        corpus.languages = choose_languages(settings, corpus.languages, world)
+        jobs = [Job(language, list(islice(documents, settings.limit)), [])
+                for language, documents in corpus.stream(settings.split).items()]  # fmt: skip
+        empty = set(settings.langs) - {job.language for job in jobs}
+        if empty:
+            raise UserError(f"{data}: {', '.join(sorted(empty))} has no document in its {settings.split} split; leave it out")
+        return jobs
+    task, jobs = TASKS[settings.bench](data), []
+    for language in choose_languages(settings, task.languages(settings.langs), world):
+        by_seed = {seed: task.examples(language, settings.split, settings.shots, seed) for seed in settings.seeds}
+        # With --limit every seed asks the questions that the first seed asks first: seeds choose shots, not questions.
+        asked = {example.id for example in by_seed[settings.seeds[0]][: settings.limit]}
+        jobs += [Job(language, [], [example for example in examples if example.id in asked], seed)
+                 for seed, examples in by_seed.items()]  # fmt: skip
+    return jobs
 
 
-def choose_languages(settings: Settings, found: list[str]) -> list[str]:
+def choose_languages(settings: Settings, found: list[str], world: World | None = None) -> list[str]:
     """Those of `found` that --langs and --langs-file name."""
-    if settings.langs:
-        found = [language for language in found if language in settings.langs]
+    chosen = [language for language in found if not settings.langs or language in settings.langs]
     if settings.langs_file:
         listed = read_languages(Path(settings.langs_file))
-        found = [language for language in found if language in listed]
-    if not found:
-        raise UserError(f"{settings.langs_file or '--langs'}: names no language that the data hold")
-    return found
+        chosen = [language for language in chosen if language in listed]
+        if world and world.is_main and len(chosen) < len(listed):
+            print(f"{settings.langs_file}: names {len(listed)} languages, of which {len(chosen)} are measured here")
+    if found and not chosen:
+        flags = [flag for flag, given in (("--langs", settings.langs), ("--langs-file", settings.langs_file)) if given]
+        raise UserError(f"{' and '.join(flags)}: no such language is here; there are {some(found)}")
+    return chosen
 
 
 def name_files(jobs: list[Job], folder: Path, model: Llama, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Where each job's predictions are kept: under a name that tells all that they depend on. So another model, another text or
+    """Where each job's predictions are kept: under a digest of all that they depend on. So another model, another text or
     another version of this code never takes them for its own, and every run may go on with what it finds."""
     digest = hashlib.sha256(tokenizer.model)
-    for source in sorted((ROOT / "mala").glob("*.py")):
+    for source in (ROOT / "evaluate.py", *sorted((ROOT / "mala").glob("*.py"))):
         digest.update(source.read_bytes())
-    for name, parameter in model.named_parameters():  # other weights differ at the beginning of their tensors, too
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {parameter.device.type}".encode())
-        digest.update(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes())
-    digest.update(json.dumps([settings.bench, settings.protocol]).encode())
+    scaling = [module.scaling for module in model.modules() if isinstance(module, LoRALinear)]
+    begins = tokenizer.bos_id if settings.bench == "nll" or settings.protocol == "natural" else None
+    device = model.lm_head.weight.device.type
+    for value in (torch.__version__, vars(model.config), scaling, begins, device, settings.bench, settings.protocol):
+        digest.update(repr(value).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     for job in jobs:
         of_job = digest.copy()
-        of_job.update(
-            json.dumps([job.language, job.seed, [vars(item) if job.seed is not None else item for item in job.items]]).encode()
-        )
+        of_job.update(repr((job.language, job.documents, job.examples, job.seed)).encode())
         seed = "" if job.seed is None else f"-{job.seed}"
         job.file = folder / f"{job.language}{seed}-{of_job.hexdigest()[:16]}.json"
 
@@ -205,13 +224,12 @@ def deal(sizes: list[int], processes: int) -> list[list[int]]:
     return hands
 
 
-def predict(job: Job, model: Llama, tokenizer: Tokenizer, settings: Settings, advance: Callable) -> list[Prediction]:
+def predict(job: Job, model: Llama, tokenizer: Tokenizer, settings: Settings, advance: Advance) -> list[Prediction]:
+    how, language = {"batch_size": settings.batch_size, "advance": advance}, job.language
     if settings.bench == "nll":
-        predictions = predict_documents(model, tokenizer, job.language, job.items, batch_size=settings.batch_size)
-        advance(len(job.items))
-        return predictions
-    return predict_labels(model, tokenizer, job.language, job.items, TASKS[settings.bench].labels, job.seed, settings.protocol,
-                          settings.batch_size, advance)  # fmt: skip
+        return predict_documents(model, tokenizer, language, job.documents, **how)
+    labels = TASKS[settings.bench].labels
+    return predict_labels(model, tokenizer, language, job.examples, labels, job.seed, settings.protocol, **how)
 
 
 def write_done(file: Path, seconds: float, predictions: list[Prediction]) -> None:
@@ -219,8 +237,23 @@ def write_done(file: Path, seconds: float, predictions: list[Prediction]) -> Non
         json.dump({"seconds": seconds, "predictions": predictions}, opened, ensure_ascii=False)
 
 
-def write_results(jobs: list[Job], out: Path, settings: Settings, data: Path, is_sample: bool, base: Path,
-                  adapter: Path | None) -> None:  # fmt: skip
+def read_done(job: Job) -> dict[str, Any] | None:
+    """What `write_done` wrote; None where the job is not done, or its file is damaged, which is named on stderr."""
+    if not job.file.exists():
+        return None
+    try:
+        done = read_json(job.file)
+        if len(done["predictions"]) == len(job) and done["seconds"] >= 0:
+            return done
+    except (UserError, KeyError, TypeError):
+        pass
+    print(f"{job.file}: damaged, so {job.language} is measured again", file=sys.stderr)
+    return None
+
+
+def write_results(jobs: list[Job], out: Path, settings: Settings, data: Path, is_sample: bool, base: Path, adapter: Path | None,
+                  dtype: torch.dtype) -> None:  # fmt: skip
+    (out / "results.json").unlink(missing_ok=True)  # an earlier run's: it must not stand beside other predictions
     seconds, by_language = 0.0, {}
     with atomic_file(out / "predictions.jsonl") as predictions:
         for job in jobs:
@@ -229,24 +262,26 @@ def write_results(jobs: list[Job], out: Path, settings: Settings, data: Path, is
             by_language.setdefault(job.language, []).extend(done["predictions"])
             predictions.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in done["predictions"])
     languages = {language: summarise(predictions) for language, predictions in by_language.items()}
-    is_nll, examples = settings.bench == "nll", sum(len(job.items) for job in jobs)
+    is_nll, texts = settings.bench == "nll", sum(map(len, jobs))
     result = {
         "bench": settings.bench, "data": str(data), "sample": is_sample, "model": str(base),
-        "adapter": str(adapter) if adapter else None, "protocol": None if is_nll else settings.protocol,
-        "shots": None if is_nll else settings.shots,
+        "adapter": str(adapter) if adapter else None, "dtype": str(dtype).removeprefix("torch."),
+        "protocol": None if is_nll else settings.protocol, "shots": None if is_nll else settings.shots,
         "seed": None if is_nll or len(settings.seeds) > 1 else settings.seeds[0],
         "seeds": None if is_nll else list(settings.seeds), "split": settings.split, "limit": settings.limit,
         **with_macro(languages, settings.group_by),
-        "seconds": seconds, "examples_per_second": examples / seconds,  # of scoring, of all processes and runs together
+        "seconds": seconds, "examples_per_second": texts / seconds,  # of scoring, of all processes and runs together
     }  # fmt: skip
-    if plots.is_available():
-        plots.draw_results(result, out / "results.png")
     write_json(out / "results.json", result)
-
     print_results(result)
-    what = f"{examples:,} documents, NLL in nats" if is_nll else f"{examples:,} examples"
+    what = f"{texts:,} documents, NLL in nats" if is_nll else f"{texts:,} examples"
     print(f"{base}{f' + {adapter}' if adapter else ''}: {len(languages)} languages, {what}, {seconds:.0f} s; "
           f"{out / 'results.json'}")  # fmt: skip
+    if plots.is_available():
+        try:
+            plots.draw_results(result, out / "results.png")
+        except UserError as error:  # the figures are safe
+            print(f"no picture: {error}", file=sys.stderr)
 
 
 def find_data(settings: Settings) -> Path:
@@ -257,36 +292,6 @@ def find_data(settings: Settings) -> Path:
         if (place / settings.bench).is_dir():
             return place / settings.bench
     return DEMO / ("sib200" if settings.bench == "nll" else settings.bench)
-
-
-def find_model(settings: Settings) -> tuple[Path, Path | None]:
-    """The folders of the base checkpoint and of the adapter, if there is one."""
-    model = hub.find(settings.model) if settings.model else Path("out/demo")
-    if not settings.model and not (model / "adapter").is_dir():
-        model = ROOT / "assets/tiny-llama"
-    adapter = hub.find(settings.adapter) if settings.adapter else None
-    if adapter and not settings.model:  # the adapter's own base, where it names one that is here or on the hub
-        named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        base = hub.find(named) if isinstance(named, str) and named else model
-        return base if base.is_dir() else model, adapter
-    if (model / "adapter").is_dir():  # a folder that train.py left
-        adapter = adapter or model / "adapter"
-        if (model / "base").is_dir():
-            return model / "base", adapter
-        return Path(read_json(model / "adapter/adapter_config.json").get("base_model_name_or_path") or model), adapter
-    return model, adapter
-
-
-def load(base: Path, adapter: Path | None, dtype: torch.dtype, device: str) -> tuple[Llama, Tokenizer]:
-    model = Llama.from_pretrained(base, dtype, device).eval()
-    tokenizer_in = base
-    if adapter is not None:
-        load_adapter(model, adapter)
-        if any((adapter / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
-            tokenizer_in = adapter
-    tokenizer = load_tokenizer(tokenizer_in)
-    tokenizer.check_fits(model.config.vocab_size)
-    return model.eval(), tokenizer
 
 
 if __name__ == "__main__":

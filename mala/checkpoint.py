@@ -110,12 +110,12 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where there is none."""
+def read_json(path: Path, expected: str = "a model or adapter folder as the hub holds it") -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where there is none; `expected` says what it belongs to."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; expected a model or adapter folder as the hub holds it") from None
+        raise UserError(f"{path}: there is no such file; expected {expected}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, nested too deeply
         raise UserError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(value, dict):

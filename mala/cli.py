@@ -108,7 +108,7 @@ def words(kind: type = str) -> Callable[[str], list]:
     """For argparse: "a,b" -> ["a", "b"], each of them a `kind`."""
 
     def split(text: str) -> list:
-        return [kind(word) for word in text.split(",") if word]
+        return [kind(word.strip()) for word in text.split(",") if word.strip()]
 
     split.__name__ = f"list of {LISTED[kind]}"  # in argparse's error
     return split

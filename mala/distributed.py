@@ -65,8 +65,8 @@ class World:
 
 
 @contextlib.contextmanager
-def start(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started, if it did. device: "cpu" or "cuda".
+def start(device: str, shards: bool = True) -> Iterator[World]:
+    """Join the processes that torchrun started, if it did. device: "cpu" or "cuda". shards: whether a model is to be sharded.
 
     Raises UserError where there are more processes than GPUs, and where another process has ended.
     """
@@ -74,7 +74,9 @@ def start(device: str) -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    if TorchVersion(torch.__version__) < "2.8":  # before, FSDP2 took frozen bfloat16 and trained float32 for a mistake
+    if (
+        shards and TorchVersion(torch.__version__) < "2.8"
+    ):  # before, FSDP2 took frozen bfloat16 and trained float32 for a mistake
         raise UserError(f"PyTorch {torch.__version__} cannot shard a model of two dtypes; several processes take 2.8 or newer")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device == "cuda":
@@ -94,7 +96,7 @@ def start(device: str) -> Iterator[World]:
         if "gloo" not in str(error).lower() and "nccl" not in str(error).lower():
             raise
         raise UserError("lost the other processes: one of them has ended, its own error is the cause; the same command goes on "
-                        f"from the last checkpoint ({str(error).splitlines()[0][:300]})") from None  # fmt: skip
+                        f"from what was saved ({str(error).splitlines()[0][:300]})") from None  # fmt: skip
     # Not after an error: the others may be waiting in a collective, and torchrun ends them.
     del mesh, patient
     gc.collect()  # what still holds a process group when the interpreter ends can abort it

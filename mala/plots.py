@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ MAX_NAMES = 120  # of languages below a picture; those of more could not be read
 def is_available() -> bool:
     try:
         import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
+    except ImportError:  # not there, or broken
         return False
     return True
 
@@ -104,16 +105,23 @@ def draw_results(result: dict[str, Any], path: Path) -> None:
                 axis.plot([x, x], ci95, color="tab:blue", linewidth=1.5, alpha=0.5)
         axis.plot([languages[name][key] for name in names], "o", color="tab:blue", markersize=4, label=result["bench"])
         if not of_nll:
-            steps = {"drawstyle": "steps-mid", "linewidth": 1}
+            steps = {"drawstyle": "steps-mid", "linewidth": 1, "marker": "_", "markersize": 4}
             axis.plot([languages[name]["majority"] for name in names], color="tab:red", label="majority class", **steps)
             axis.plot([languages[name]["uniform"] for name in names], ":", color="black", label="uniform guess", **steps)
             axis.set_ylim(0, 1)
             axis.legend(fontsize=8)
         axis.set_ylabel("NLL, nats a document" if of_nll else f"accuracy, {result['shots']} shots")
-        mean = result["macro"][key]
-        axis.set_title(f"{Path(result['model']).name}: {len(names)} languages, mean {mean:.{1 if of_nll else 3}f}; bars: 95 %",
-                       fontsize=10)  # fmt: skip
+        name, mean = _short(result["adapter"] or result["model"]), f"{result['macro'][key]:.{1 if of_nll else 3}f}"
+        axis.set_title(f"{name}: {len(names)} languages, mean {mean}; bars: 95 %", fontsize=10)
         name_languages(axis, names, "best first")
+
+
+def _short(path: str) -> str:
+    """What a reader knows a model by: out/mine/adapter -> mine, a folder of the hub's cache -> org/name."""
+    if of_hub := re.search(r"models--([^/]+?)--([^/]+)/snapshots/", path):
+        return "/".join(of_hub.groups())
+    parts = [part for part in Path(path).parts if part not in ("base", "adapter")]
+    return parts[-1] if parts else path
 
 
 def draw_fertility(report: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +28,32 @@ def bootstrap(values: list[float]) -> list[float] | None:
     """95 % interval of the mean, by the percentile bootstrap (Efron & Tibshirani 1993, chapter 13); None for a single value."""
     if len(values) < 2:
         return None
-    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    return np.quantile(np.asarray(values)[picks].mean(1), [0.025, 0.975]).tolist()
+    rng, values = np.random.default_rng(0), np.asarray(values)
+    means = [values[rng.integers(len(values), size=(rows, len(values)))].mean(1) for rows in _blocks(RESAMPLES, len(values))]
+    return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
 def paired_p(differences: list[float]) -> float:
     """Two-sided p of a paired test, whether the mean difference is 0: how often random signs give one as far from it.
 
-    Fisher's randomisation test: every sign pattern is tried where there are few, FLIPS random ones elsewhere. Of right-or-wrong
-    answers it is McNemar's exact test.
+    Fisher's randomisation test. Where all differences are of one size, as those of right and wrong answers are, it is McNemar's
+    exact test and follows from binomials; elsewhere FLIPS random sign patterns stand for all.
     """
     d = np.asarray([difference for difference in differences if difference])
-    if not len(d):
+    n, fewer = len(d), min(np.count_nonzero(d > 0), np.count_nonzero(d < 0))
+    if not n:
         return 1.0
-    if len(d) <= 12:
-        patterns = (np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1
-        return float(np.mean(_as_far((2 * patterns - 1) @ d, d)))
-    signs = np.random.default_rng(0).integers(2, size=(FLIPS, len(d)), dtype=np.int8) * 2 - 1
-    return float((1 + np.count_nonzero(_as_far(signs @ d, d))) / (1 + FLIPS))
+    if np.ptp(np.abs(d)) == 0:
+        return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    rng, far = np.random.default_rng(0), abs(d.sum()) - 1e-9 * np.abs(d).sum()  # equal but for rounding counts as equal
+    sums = [(2.0 * rng.integers(2, size=(rows, n)) - 1) @ d for rows in _blocks(FLIPS, n)]
+    return float((1 + np.count_nonzero(np.abs(np.concatenate(sums)) >= far)) / (1 + FLIPS))
 
 
-def _as_far(sums: np.ndarray, d: np.ndarray) -> np.ndarray:
-    return np.abs(sums) >= abs(d.sum()) - 1e-9 * np.abs(d).sum()  # equal but for rounding counts as equal
+def _blocks(rows: int, columns: int) -> Iterator[int]:
+    """`rows` in parts of about a million numbers, so that many columns need no more memory."""
+    for start in range(0, rows, size := max(1, 2**20 // columns)):
+        yield min(size, rows - start)
 
 
 def best_label(prediction: Prediction, per_character: bool = False) -> str:
@@ -63,7 +67,7 @@ def value_of(prediction: Prediction) -> float:
     return prediction["nll"] if "nll" in prediction else float(prediction["prediction"] == prediction["label"])
 
 
-def values_by_id(predictions: list[Prediction]) -> dict[str, float]:
+def values_by_id(predictions: list[Prediction]) -> dict[Any, float]:
     """id -> value, the mean over seeds: one example is one observation, however often it was asked for."""
     values = defaultdict(list)
     for prediction in predictions:
@@ -177,10 +181,11 @@ def interval(ci95: list[float] | None, digits: int) -> str:
     return "" if ci95 is None else f"{ci95[0]:.{digits}f} to {ci95[1]:.{digits}f}"
 
 
-def read_run(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """A results.json, or the folder that holds it, and language -> id -> value of the predictions.jsonl beside it."""
+def read_run(file: Path) -> tuple[dict[str, Any], dict[str, dict[tuple, float]]]:
+    """A results.json, or the folder that holds it, and of the predictions.jsonl beside it language -> example -> value. An
+    example is told by its id and its label, a document by its number and its bytes: others are not taken for it."""
     file = file / "results.json" if file.is_dir() else file
-    result = read_json(file)
+    result = read_json(file, "a results.json of evaluate.py")
     if not isinstance(result.get("languages"), dict) or "bench" not in result:
         raise UserError(f"{file}: no 'languages' or no 'bench'; expected a results.json of evaluate.py")
     predictions, source = defaultdict(list), file.with_name("predictions.jsonl")
@@ -188,8 +193,10 @@ def read_run(file: Path) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     try:
         for number, line in read_lines(source):  # noqa: B007
             prediction = json.loads(line)
-            value_of(prediction), prediction["id"]  # are there
-            predictions[prediction["lang"]].append(prediction)
+            prediction["id"] = (str(prediction["id"]), prediction.get("bytes"), prediction.get("label"))
+            if not math.isfinite(value_of(prediction)):
+                raise ValueError
+            predictions[str(prediction["lang"])].append(prediction)
     except FileNotFoundError:
         raise UserError(f"{source}: there is no such file; examples are compared one by one, copy it there, too") from None
     except (ValueError, KeyError, TypeError):
@@ -226,8 +233,9 @@ def compare(a: Path, b: Path, chosen: Callable[[list[str]], list[str]], group_by
         return result
 
     result = {"bench": of_a["bench"], "a": str(a), "b": str(b), "languages": languages, "macro": total(languages),
+              "baselines": {key: of_a["macro"][key] for key in ("majority", "uniform") if key in of_a.get("macro", {})},
               "differing_settings": {key: [of_a.get(key), of_b.get(key)] for key in
-                                     ("data", "model", "adapter", "protocol", "shots", "seeds", "split", "limit")
+                                     ("data", "model", "adapter", "protocol", "shots", "seeds", "split", "limit", "dtype")
                                      if of_a.get(key) != of_b.get(key)},
               "left_out": sorted((in_a.keys() | in_b.keys()) - languages.keys())}  # fmt: skip
     if group_by == "script":
@@ -259,6 +267,12 @@ def print_comparison(result: dict[str, Any]) -> None:
         row("macro-average", total)
     ]
     print_table(("language", "n", "A", "B", "B - A", "95% interval", "p"), rows, last)
+    if result["baselines"]:
+        print(
+            "macro-averages of {majority:.3f} for the majority class and {uniform:.3f} for guessing".format(
+                **result["baselines"]
+            )
+        )
     for key, (a, b) in result["differing_settings"].items():
         print(f"{key}: A {a}, B {b}")
     if result["left_out"]:

@@ -6,6 +6,7 @@ what fills up a row stands to its right, where no token looks.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -26,6 +27,11 @@ from mala.tokenizer import Tokenizer
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
 MAX_LENGTH = 2048  # tokens that a model reads before a label, in the published protocol
 ALONE = World()
+Advance = Callable[[float], object]  # moves a progress bar on by so many documents or examples
+
+
+def ignore(done: float) -> None:
+    pass
 
 
 def batches(widths: list[int], device: torch.device, batch_size: int | None = None) -> list[list[int]]:
@@ -58,11 +64,11 @@ def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
 
 @torch.no_grad()
 def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str], world: World = ALONE,
-                  batch_size: int | None = None) -> tuple[list[float], list[int]]:  # fmt: skip
+                  batch_size: int | None = None, advance: Advance = ignore) -> tuple[list[float], list[int]]:  # fmt: skip
     """−Σ ln p over all tokens of each document after `<s>`, in nats, and how many tokens these are.
 
     Documents longer than the model's context are read in `windows`. Several processes with a sharded model take turns with the
-    batches, and all of them get all figures.
+    batches, and all of them get all figures. `advance` is told how many documents are done, in parts where they are long.
     """
     was_training = model.training
     model.eval()
@@ -74,7 +80,7 @@ def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str], worl
         for window in windows(len(ids), model.config.max_position_embeddings)
     ]
     dealt = batches([end - start - 1 for _, start, _, end in jobs], device, batch_size)
-    nll = torch.zeros(len(documents), dtype=torch.float64, device=device)
+    nll = [0.0] * len(documents)
     for turn in range(world.rank, len(dealt) + world.rank, world.size):
         # A sharded model computes only when all processes do: one that is left without a batch repeats the last.
         batch = [jobs[number] for number in dealt[min(turn, len(dealt) - 1)]]
@@ -87,9 +93,12 @@ def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str], worl
             targets[row, first - start - 1 : len(ids) - 1] = ids[first - start :]
         losses = model(tokens.to(device), targets=targets.to(device), reduction="none").sum(1)  # (B,)
         if turn < len(dealt):
-            nll.index_add_(0, torch.tensor([document for document, *_ in batch], device=device), losses.double())
+            for (document, *_), loss in zip(batch, losses.tolist()):  # in order: a GPU's own sums may come in any
+                nll[document] += loss
+            advance(len(batch) / len(jobs) * len(documents))
     model.train(was_training)
-    return world.sum(nll).tolist(), [len(ids) - 1 for ids in encoded]
+    total = world.sum(torch.tensor(nll, dtype=torch.float64, device=device))
+    return total.tolist(), [len(ids) - 1 for ids in encoded]
 
 
 @dataclass
@@ -126,8 +135,7 @@ def trees(encoded: list[tuple[list[int], list[list[int]]]], max_length: int) -> 
 
 @torch.no_grad()
 def loglikelihoods(model: Llama, encoded: list[tuple[list[int], list[list[int]]]], max_length: int = MAX_LENGTH,
-                   batch_size: int | None = None, advance: Callable[[float], None] = lambda examples: None
-                   ) -> list[list[float]]:  # fmt: skip
+                   batch_size: int | None = None, advance: Advance = ignore) -> list[list[float]]:  # fmt: skip
     """Σ ln p of the tokens of every continuation after its context, in nats; `encoded` holds (context, continuations).
 
     Only the positions that predict a token of a continuation meet `lm_head`. `advance` is told how many examples are done.
@@ -192,21 +200,32 @@ PROTOCOLS = {"published": encode_published, "natural": encode_natural}
 
 
 def predict_documents(model: Llama, tokenizer: Tokenizer, language: str, documents: list[str], world: World = ALONE,
-                      batch_size: int | None = None) -> list[Prediction]:  # fmt: skip
-    """One prediction a document, as mala/results.py describes it."""
-    scored = zip(documents, *documents_nll(model, tokenizer, documents, world, batch_size))
-    return [{"lang": language, "id": number, "nll": nll, "tokens": tokens, "bytes": len(text.encode())}
-            for number, (text, nll, tokens) in enumerate(scored)]  # fmt: skip
+                      batch_size: int | None = None, advance: Advance = ignore) -> list[Prediction]:  # fmt: skip
+    """One prediction a document, as mala/results.py describes it. Raises UserError where a figure is no number."""
+    nll, tokens = documents_nll(model, tokenizer, documents, world, batch_size, advance)
+    if not any(tokens):
+        raise UserError(f"{language}: {tokenizer.name} makes no tokens of its text; leave it out")
+    _check_finite(language, nll)
+    return [{"lang": language, "id": number, "nll": document_nll, "tokens": document_tokens, "bytes": len(text.encode())}
+            for number, (text, document_nll, document_tokens) in enumerate(zip(documents, nll, tokens))]  # fmt: skip
+
+
+def _check_finite(language: str, figures: list[float]) -> None:
+    for number, figure in enumerate(figures):
+        if not math.isfinite(figure):
+            raise UserError(f"{language}: a log-likelihood of text {number} is {figure}; the weights are damaged, or their "
+                            "numbers too large for the dtype: try --dtype float32")  # fmt: skip
 
 
 def predict_labels(model: Llama, tokenizer: Tokenizer, language: str, examples: list[Example], labels: list[str], seed: int,
-                   protocol: str = "published", batch_size: int | None = None,
-                   advance: Callable[[float], None] = lambda examples: None) -> list[Prediction]:  # fmt: skip
-    """One prediction an example, as mala/results.py describes it."""
+                   protocol: str = "published", batch_size: int | None = None, advance: Advance = ignore
+                   ) -> list[Prediction]:  # fmt: skip
+    """One prediction an example, as mala/results.py describes it. Raises UserError where a figure is no number."""
     encoded = PROTOCOLS[protocol](tokenizer, examples, labels)
     max_length = MAX_LENGTH if protocol == "published" else model.config.max_position_embeddings
-    predictions = []
-    for example, scores in zip(examples, loglikelihoods(model, encoded, max_length, batch_size, advance)):
+    predictions, scored = [], loglikelihoods(model, encoded, max_length, batch_size, advance)
+    _check_finite(language, [sum(scores) for scores in scored])
+    for example, scores in zip(examples, scored):
         prediction = {"lang": language, "id": example.id, "seed": seed, "shots": example.shots, "label": example.label,
                       "prediction": "", "loglikelihoods": dict(zip(labels, scores))}  # fmt: skip
         predictions.append({**prediction, "prediction": best_label(prediction)})

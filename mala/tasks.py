@@ -75,8 +75,10 @@ class Task:
             if cells != self.header:
                 found = "an empty file" if cells is None else " ".join(cells)[:80]
                 raise UserError(f"{file}: line {number} is {found!r}, expected the header {' '.join(self.header)!r}")
-        rows = []
+        rows, ids = [], {}
         for number, (id, label, text) in lines:
+            if ids.setdefault(id, number) != number:
+                raise UserError(f"{file}: line {number} has the id {id!r} of line {ids[id]}; every row needs its own")
             if label not in self.labels:
                 raise UserError(f"{file}: line {number} has the label {label!r}, expected one of {', '.join(self.labels)}")
             rows.append(Row(id, label, text))
@@ -84,9 +86,8 @@ class Task:
             raise UserError(f"{file}: the {split} split of {language} has no rows; mend the file, or leave {language} out")
         return rows
 
-    def examples(self, language: str, split: str = "test", shots: int = 3, seed: int = 1234,
-                 limit: int | None = None) -> list[Example]:  # fmt: skip
-        """The examples of a language in the published order, at most `limit` of them."""
+    def examples(self, language: str, split: str = "test", shots: int = 3, seed: int = 1234) -> list[Example]:
+        """The examples of a language in the published order."""
         train = self.rows(language, "train") if shots else []
         rows = self.rows(language, split)
         if len(train) < shots:
@@ -94,7 +95,7 @@ class Task:
             raise UserError(f"{file}: {len(train)} rows, too few for {shots} shots; lower --shots, or leave {language} out")
         examples = []
         rng = np.random.default_rng(seed)
-        for index in rng.permutation(len(rows))[:limit]:
+        for index in rng.permutation(len(rows)):
             row = rows[index]
             chosen = draw_shots(rng, train, row, shots)
             shown = [f"{self.prompt.format(text=train[i].text)} {train[i].label}" for i in chosen]
@@ -234,6 +235,9 @@ def build_taxi1500(labels: Path, verses: Iterable[Path], out: Path, min_verses: 
     return written, left_out
 
 
+DOWNLOADS = {"sib200": download_sib200, "taxi1500": download_taxi1500}
+
+
 def read_labels(labels: Path) -> dict[str, list[Row]]:
     """split -> the English rows, in the published order. The files are `eng_train.tsv`, as published, or `eng_Latn_train.tsv`,
     in the folder or in `eng_Latn/` below it. Raises UserError where they are missing or wrong."""
@@ -260,7 +264,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("download", help="fetch a benchmark", description="Fetch a benchmark.")
-    command.add_argument("bench", choices=list(TASKS), help="taxi1500 takes 786 MB: it is joined from the Bibles that are free")
+    command.add_argument(
+        "bench", choices=list(DOWNLOADS), help="taxi1500 takes 786 MB: it is joined from the Bibles that are free"
+    )
     command.add_argument("--langs", type=words(), default=[], metavar="A,B,…", help="these languages only, such as swh_Latn")
     command.add_argument("--out", type=Path, help="the folder to write to [data/<benchmark>]")
 
@@ -280,7 +286,7 @@ def main() -> None:
     if args.command == "build-taxi1500":
         written, left_out = build_taxi1500(args.labels, args.verses, out, args.min_verses)
     else:
-        written, left_out = {"sib200": download_sib200, "taxi1500": download_taxi1500}[args.bench](out, args.langs)
+        written, left_out = DOWNLOADS[args.bench](out, args.langs)
     for name, why in sorted(left_out.items()):
         print(f"left out {name}: {why}")
     print(f"{out}: wrote {len(written):,} languages: {', '.join(written)}")

@@ -149,10 +149,10 @@ class JsonTokenizer(Tokenizer):
                 continue
             token = token.get("content") if isinstance(token, dict) else token
             bos_id = self.fast.token_to_id(token) if isinstance(token, str) else token
-            if isinstance(bos_id, int):
+            if type(bos_id) is int and 0 <= bos_id < len(self):
                 return bos_id
-        raise UserError(f"{self.name}: no bos_token in tokenizer_config.json nor bos_token_id in config.json beside it, and a "
-                        "document begins with one; add it")  # fmt: skip
+        raise UserError(f"{self.name}: no usable bos_token in tokenizer_config.json nor bos_token_id in config.json beside it, "
+                        "and a document begins with one; add it")  # fmt: skip
 
     def __len__(self) -> int:
         return 1 + max(self.fast.get_vocab(with_added_tokens=True).values())

@@ -243,18 +243,24 @@ def test_seeds_protocols_and_comparison(tmp_path):
     args = ["evaluate.py", "--bench", "sib200", "--langs", "swh_Latn,amh_Ethi,eng_Latn", "--limit", 6]
     succeed(*args, "--seed", 1, "--out", tmp_path / "1")
     succeed(*args, "--seed", 2, "--out", tmp_path / "2")
-    printed = succeed(*args, "--seeds", "1,2", "--protocol", "natural", "--out", tmp_path / "natural")
+    succeed(*args, "--seeds", "1,2", "--protocol", "natural", "--out", tmp_path / "natural")
     printed = succeed(*args, "--seeds", "1,2", "--out", tmp_path / "both")
     both, single = results(tmp_path / "both"), [results(tmp_path / name) for name in "12"]
     assert both["seed"] is None and both["seeds"] == [1, 2] and single[1]["seed"] == 2
     for language, figures in both["languages"].items():
-        by_seed = [of_seed["languages"][language]["accuracy"] for of_seed in single]
-        assert figures["accuracy_by_seed"] == {"1": by_seed[0], "2": by_seed[1]}
-        assert figures["accuracy"] == pytest.approx(sum(by_seed) / 2) and figures["n"] == 6
+        by_seed = figures["accuracy_by_seed"]
+        assert by_seed["1"] == single[0]["languages"][language]["accuracy"] and set(by_seed) == {"1", "2"}
+        assert figures["accuracy"] == pytest.approx((by_seed["1"] + by_seed["2"]) / 2) and figures["n"] == 6
     assert "macro-average by seed: 1: " in printed
-    assert sorted(map(str, predictions(tmp_path / "both"))) == sorted(
-        map(str, predictions(tmp_path / "1") + predictions(tmp_path / "2"))
-    )
+    lines = predictions(tmp_path / "both")
+    assert [line for line in lines if line["seed"] == 1] == predictions(tmp_path / "1")
+    # With --limit every seed asks the same questions, in its own order and after its own shots.
+    ids = [{line["id"] for line in lines if (line["lang"], line["seed"]) == ("swh_Latn", seed)} for seed in (1, 2)]
+    assert ids[0] == ids[1] and len(ids[0]) == 6
+    whole = evaluate.TASKS["sib200"](SAMPLE / "sib200").examples("swh_Latn", seed=2)
+    assert [line["id"] for line in lines if (line["lang"], line["seed"]) == ("swh_Latn", 2)] == [
+        example.id for example in whole if example.id in ids[0]
+    ]
     assert results(tmp_path / "natural")["protocol"] == "natural"
     assert predictions(tmp_path / "natural")[0]["loglikelihoods"] != predictions(tmp_path / "both")[0]["loglikelihoods"]
 
@@ -312,11 +318,7 @@ WRONG = {
         r"swh_Latn_train\.tsv: 2 rows, too few for 3 shots",
     ),
     "no UTF-8": ("taxi1500", {"test": b"1\tFaith\t\xff\n"}, r"swh_Latn_test\.tsv: line 1 is not UTF-8"),
-    "only the row itself to show": (
-        "taxi1500",
-        {"train": "1\tSin\tx\n" * 3, "test": "1\tSin\tx\n"},
-        "row 1: every train row is this very row",
-    ),
+    "an id twice": ("taxi1500", {"test": "1\tSin\tx\n2\tSin\ty\n1\tSin\tz\n"}, r"line 3 has the id '1' of line 1; every row"),
 }
 
 
@@ -327,6 +329,12 @@ def test_wrong_data_is_one_sentence_with_file_and_line(case, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
         succeed("evaluate.py", "--bench", bench, "--data", tmp_path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_row_is_never_shown_before_itself(tmp_path):
+    write_task(tmp_path, "taxi1500", train="1\tSin\tx\n", test="1\tSin\tx\n")
+    with pytest.raises(SystemExit, match="row 1: every train row is this very row"):
+        succeed("evaluate.py", "--bench", "taxi1500", "--data", tmp_path, "--shots", 1, "--out", tmp_path / "out")
 
 
 def test_quotes_tabs_marks_and_line_ends_are_text_or_nothing(tmp_path):
@@ -371,13 +379,18 @@ MISTAKES = {
     "--data nowhere": "nowhere: there is no such folder; expected nowhere/swh_Latn/test.tsv",
     "--data empty": "empty: no language here; expected empty/swh_Latn/test.tsv",
     "--langs abc_Latn": "there is no language 'abc_Latn'; it holds amh_Ethi",
-    "--langs-file list.txt": "list.txt: names no language that the data hold",
+    "--langs-file list.txt": "--langs-file: no such language is here; there are amh_Ethi",
+    "--langs eng_Latn --langs-file list.txt": "--langs and --langs-file: no such language is here",
+    "--max-held-out -1": "max_held_out is -1, expected a number from 0 on",
+    "--adapter moved": "moved/adapter_config.json: names the base /gone/llama, which is not here; give it with --model",
+    "--adapter orphan": "orphan/adapter_config.json: names no base_model_name_or_path; give the base with --model",
+    "--bench nll --data corpus --langs swh_Latn,zul_Latn": "corpus: zul_Latn has no document in its test split",
     "--langs-file empty.txt": "empty.txt: no languages; expected one a line",
     "--split dev": "/dev.tsv: there is no such file; the dev split of amh_Ethi is expected there",
     "--model nowhere": "nowhere/config.json: there is no such file",
     "--model no-such/model": "no-such/model: there is no such folder, and the Hugging Face hub does not give it",
     "--compare a.json": "--compare is given 1 files, expected two",
-    "--compare a.json b.json": "a.json: there is no such file",
+    "--compare a.json b.json": "a.json: there is no such file; expected a results.json of evaluate.py",
     "--compare other.json other.json": "other.json: no 'languages' or no 'bench'; expected a results.json",
 }
 
@@ -388,6 +401,12 @@ def test_a_users_mistake_is_one_sentence(arguments, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "empty").mkdir()
+    for name, base in (("moved", "/gone/llama"), ("orphan", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/swh_Latn.txt").write_text("habari\n")
+    (tmp_path / "corpus/zul_Latn.txt").write_text("\n")
     with pytest.raises(SystemExit, match=MISTAKES[arguments]):
         succeed("evaluate.py", "--bench", "sib200", *arguments.split(), cwd=tmp_path)
     assert not (tmp_path / "out/sib200/results.json").exists()
@@ -437,6 +456,69 @@ def cached(models, tmp_path, monkeypatch):
     save_adapter(model, store("org/adapter"), "org/model")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_what_is_done_is_taken_only_for_what_it_is(tmp_path):
+    """The same --out for models that differ in a last row, a setting, an adapter's scaling: each is measured anew."""
+    from mala.lora import LoRAConfig, add_lora, save_adapter
+
+    args = ["evaluate.py", "--bench", "nll", "--langs", "swh_Latn", "--limit", 2]
+
+    def measure(*more, out="shared"):
+        succeed(*args, *more, "--out", tmp_path / out)
+        return results(tmp_path / out)["macro"]["nll_per_document"]
+
+    model = Llama(tiny_config(vocab_size=2048, max_position_embeddings=64, initializer_range=0.2))
+    model.init_weights(0)
+    variants = {}
+    for name in ("plain", "last row", "rotary"):
+        if name == "last row":
+            model.lm_head.weight.data[-100:] += 0.5
+        if name == "rotary":
+            model.config.rope_theta = 300.0
+        model.save_pretrained(tmp_path / name)
+        shutil.copy(TINY / "tokenizer.model", tmp_path / name)
+        variants[name] = ["--model", tmp_path / name]
+    add_lora(model, LoRAConfig(modules_to_save=()))
+    for module in model.modules():
+        if hasattr(module, "lora_B"):
+            module.lora_B.data.normal_(generator=torch.Generator().manual_seed(0))
+    for alpha in (8, 64):
+        folder = tmp_path / f"adapter {alpha}"
+        save_adapter(model, folder)
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": alpha}))
+        variants[folder.name] = ["--model", tmp_path / "rotary", "--adapter", folder]
+    shared = {name: measure(*more) for name, more in variants.items()}
+    alone = {name: measure(*more, out=f"{name} alone") for name, more in variants.items()}
+    assert shared == alone and len(set(shared.values())) == 5
+    done = sorted((tmp_path / "shared/done").glob("*.json"))
+    assert len(done) == 5 and measure(*variants["plain"]) == alone["plain"]
+
+    # A damaged one is measured again.
+    for content in ("{", "{}", "[]", '{"seconds": 1.0, "predictions": []}'):
+        for file in done:
+            file.write_text(content)
+        assert measure(*variants["rotary"]) == alone["rotary"]
+
+
+def test_figures_that_are_no_numbers_are_refused(tmp_path):
+    model = Llama.from_pretrained(TINY)
+    model.lm_head.weight.data[5] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "model")
+    for bench in ("nll", "taxi1500"):
+        with pytest.raises(SystemExit, match="swh_Latn: a log-likelihood of text 0 is nan; .* try --dtype float32"):
+            succeed(
+                "evaluate.py", "--bench", bench, "--model", tmp_path / "model", "--langs", "swh_Latn", "--out", tmp_path / "out"
+            )
+    assert not (tmp_path / "out/results.json").exists() and not list((tmp_path / "out").glob("done/*.json"))
+
+
+def test_a_picture_that_fails_costs_no_result(tmp_path, capsys):
+    (tmp_path / "results.png").mkdir()
+    succeed("evaluate.py", "--bench", "taxi1500", "--langs", "swh_Latn", "--out", tmp_path)
+    assert results(tmp_path)["languages"].keys() == {"swh_Latn"}
 
 
 def test_names_of_the_hub_and_byte_level_tokenizers(cached, models, tmp_path):

@@ -126,7 +126,7 @@ def test_batches_hold_every_sequence_once_and_no_more_than_fits(widths, batch_si
 
 
 def test_natural_and_published_encodings():
-    examples = SIB200(ROOT / "assets/demo/sib200").examples("swh_Latn", limit=5)
+    examples = SIB200(ROOT / "assets/demo/sib200").examples("swh_Latn")[:5]
     natural = scoring.encode_natural(TOKENIZER, examples, SIB200.labels)
     published = scoring.encode_published(TOKENIZER, examples, SIB200.labels)
     for example, (context, continuations), (bare, apart) in zip(examples, natural, published):

@@ -153,11 +153,15 @@ def test_what_begins_a_text_and_errors_of_a_tokenizer_json(tmp_path, monkeypatch
     for name, content, expected in [
         ("tokenizer_config.json", '{"bos_token": "<|end|>"}', 1),
         ("tokenizer_config.json", '{"bos_token": null}', None),
+        ("config.json", '{"bos_token_id": 99999}', None),
+        ("config.json", '{"bos_token_id": true}', None),
         ("config.json", '{"bos_token_id": 7}', 7),
     ]:
         (tmp_path / name).write_text(content)
         if expected is None:
-            with pytest.raises(UserError, match=r"tokenizer\.json: no bos_token in tokenizer_config\.json nor bos_token_id"):
+            with pytest.raises(
+                UserError, match=r"tokenizer\.json: no usable bos_token in tokenizer_config\.json nor bos_token_id"
+            ):
                 load_tokenizer(tmp_path).bos_id  # noqa: B018
         else:
             assert load_tokenizer(tmp_path).bos_id == expected

@@ -1,0 +1,95 @@
+"""Continue a text, token by token: `python -m mala.generate --prompt "…" [--model …] [--adapter …]`.
+
+The prompt is read in one pass, which fills the key/value cache; from then on a pass reads the one token drawn last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mala.cli import UserError, choose_device, option, parse, run
+from mala.load import find_model, load_model
+from mala.model import KVCache, Llama
+from mala.tokenizer import Tokenizer
+
+
+@dataclass
+class Settings:
+    prompt: str = option("The topic of the news", "the text to continue")
+    model: str | None = option(None, "a checkpoint: a folder, one that train.py left, or a name on the Hugging Face hub; "
+                                     "default: out/demo, else assets/tiny-llama")  # fmt: skip
+    adapter: str | None = option(None, "a LoRA adapter in PEFT's format, folder or hub name")
+    max_tokens: int = option(60, "how many tokens at most")
+    temperature: float = option(0.8, "below 1 likely tokens become likelier; 0: always the likeliest")
+    top_p: float = option(0.95, "draw among the likeliest tokens that together have this probability")
+    seed: int = option(0, "of the draws")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of the weights and the computation; auto: float32 on a CPU, else bfloat16",
+                        choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"max_tokens is {self.max_tokens}, temperature {self.temperature}, top_p {self.top_p}; expected a "
+                            "positive number, one from 0 on, and one above 0 up to 1")  # fmt: skip
+
+
+def draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """A token from logits (V,): of softmax(logits / temperature), cut to its nucleus (Holtzman et al., arXiv 1904.09751)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    p, order = torch.softmax(logits.float().cpu() / temperature, dim=0).sort(descending=True, stable=True)  # (V,) each
+    nucleus = p.cumsum(0) - p < top_p  # what comes before a token has less than top_p: the likeliest is always kept
+    return int(order[torch.multinomial(p * nucleus, 1, generator=generator)])
+
+
+@torch.no_grad()
+def generate(model: Llama, ids: list[int], max_tokens: int, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
+             ) -> Iterator[int]:  # fmt: skip
+    """Yield up to `max_tokens` tokens after the prompt `ids`, until one that ends a text, which is not yielded."""
+    room = model.config.max_position_embeddings
+    if len(ids) + max_tokens > room:
+        raise UserError(f"a prompt of {len(ids)} tokens and {max_tokens} new ones are more than the model's context of {room}; "
+                        "shorten the prompt or lower --max-tokens")  # fmt: skip
+    ends = model.config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    generator = torch.Generator().manual_seed(seed)
+    device, cache = model.lm_head.weight.device, KVCache(model, 1, len(ids) + max_tokens)
+    unread = ids
+    for _ in range(max_tokens):
+        x = model.hidden_states(torch.tensor([unread], device=device), cache)[0, -1]  # (D,)
+        token = draw(model.lm_head.weight.to(x.dtype) @ x, temperature, top_p, generator)
+        if token in ends:
+            return
+        yield token
+        unread = [token]
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], new: Iterator[int]) -> Iterator[str]:
+    """The text of new tokens as it becomes certain: a character of several byte tokens is held back until it is whole."""
+    ids, shown = list(ids), tokenizer.decode(ids)
+    for token in new:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(ids)[len(shown) :]
+
+
+def main() -> None:
+    settings = parse(Settings, __doc__.split("\n\n")[0])
+    device, dtype = choose_device(settings.device, settings.dtype)
+    model, tokenizer = load_model(*find_model(settings.model, settings.adapter), dtype, device)
+    ids = tokenizer.encode(settings.prompt, bos=True)
+    print(settings.prompt, end="", flush=True)
+    new = generate(model, ids, settings.max_tokens, settings.temperature, settings.top_p, settings.seed)
+    for text in stream(tokenizer, ids, new):
+        print(text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run(main)
