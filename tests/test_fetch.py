@@ -403,7 +403,7 @@ def sib200_hub(server):
 def test_sib200(server, tmp_path, monkeypatch, capsys):
     sib200_hub(server)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks, "download_sib200", functools.partial(download_sib200, hub=server.url))
+    monkeypatch.setitem(tasks.DOWNLOADS, "sib200", functools.partial(download_sib200, hub=server.url))
     monkeypatch.setattr(sys, "argv", ["tasks", "download", "sib200"])
     run(tasks.main)
     task = SIB200(tmp_path / "data" / "sib200")
