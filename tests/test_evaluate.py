@@ -15,7 +15,7 @@ import transformers
 from conftest import ROOT, SHARED, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import call, succeed
+from test_train import succeed
 
 import evaluate
 from mala.model import Llama
@@ -111,7 +111,7 @@ def test_equals_the_published_procedure(models, name, bench, tmp_path):
         "--langs",
         languages,
         "--limit",
-        4,
+        3,
         "--out",
         tmp_path,
     )
@@ -119,8 +119,8 @@ def test_equals_the_published_procedure(models, name, bench, tmp_path):
     max_length = min(2048, reference.config.max_position_embeddings)
     ours = predictions(tmp_path)
     theirs = [line for language in sorted(languages.split(",")) for line in
-              published.evaluate(reference, encode, data, bench, language, limit=4, max_length=max_length)]  # fmt: skip
-    assert len(ours) == len(theirs) == 20
+              published.evaluate(reference, encode, data, bench, language, limit=3, max_length=max_length)]  # fmt: skip
+    assert len(ours) == len(theirs) == 15
     for line, expected in zip(ours, theirs):
         assert [line[key] for key in ("lang", "id", "shots", "label")] == [
             expected[key] for key in ("lang", "id", "shots", "label")
@@ -133,12 +133,12 @@ def test_equals_the_published_procedure(models, name, bench, tmp_path):
     result = results(tmp_path)
     for i, language in enumerate(sorted(languages.split(","))):
         figures = result["languages"][language]
-        assert figures["n"] == 4 and figures["accuracy"] == sum(correct[4 * i : 4 * i + 4]) / 4
-        assert figures["accuracy_norm"] == sum(correct_norm[4 * i : 4 * i + 4]) / 4
-    assert result["macro"]["accuracy"] == pytest.approx(sum(correct) / 20)
+        assert figures["n"] == 3 and figures["accuracy"] == sum(correct[3 * i : 3 * i + 3]) / 3
+        assert figures["accuracy_norm"] == sum(correct_norm[3 * i : 3 * i + 3]) / 3
+    assert result["macro"]["accuracy"] == pytest.approx(sum(correct) / 15)
     if name == "byte-level":  # some context was cut
         examples = [
-            context for language in languages.split(",") for *_, context in published.documents(data, bench, language, limit=4)
+            context for language in languages.split(",") for *_, context in published.documents(data, bench, language, limit=3)
         ]
         assert max(len(encode(context)) for context in examples) > 120
 
@@ -216,11 +216,8 @@ run(evaluate.main)
 """
 
 
-@pytest.mark.parametrize("bench", ["nll", "taxi1500"])
-def test_two_processes_give_the_same_bytes(bench, tmp_path):
-    args = ["--bench", bench, "--langs", "swh_Latn,amh_Ethi,eng_Latn", "--limit", "4"]
-    if bench != "nll":
-        args += ["--seeds", "1,2"]
+def test_two_processes_give_the_same_bytes(tmp_path):
+    args = ["--bench", "taxi1500", "--langs", "swh_Latn,amh_Ethi,eng_Latn", "--limit", "4", "--seeds", "1,2"]
     succeed("evaluate.py", *args, "--out", tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "evaluate.py", *args, "--out", str(tmp_path / "two")]
@@ -410,16 +407,6 @@ def test_a_users_mistake_is_one_sentence(arguments, tmp_path):
     with pytest.raises(SystemExit, match=MISTAKES[arguments]):
         succeed("evaluate.py", "--bench", "sib200", *arguments.split(), cwd=tmp_path)
     assert not (tmp_path / "out/sib200/results.json").exists()
-
-
-def test_status_and_output_of_a_mistake():
-    done = call("evaluate.py", "--bench", "sib200", "--langs", "xyz_Latn")
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: ")
-        and done.stderr.count("\n") == 1
-        and not done.stderr.count("Trace")
-    )
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
