@@ -239,7 +239,7 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: contextli
             for old in checkpoints(out / "checkpoints")[: -settings.keep]:
                 if old.resolve() != Path(settings.resume).resolve():  # which the same command, given again, asks for
                     shutil.rmtree(old)
-        world.from_main(lambda: None)  # the others wait here, however long the writing takes
+        world.wait()  # for the main process, however long the writing takes
 
     def measure(documents: dict[str, list[str]], description: str) -> dict[str, dict]:
         # Documents have all lengths, and a block would be compiled anew for each.

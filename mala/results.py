@@ -128,11 +128,16 @@ def with_macro(languages: dict[str, dict[str, Any]], group_by: str | None = None
     """`{"languages": ..., "macro": ...}`, and where they are grouped by script `"groups"`: script -> macro-average."""
     result = {"languages": languages, "macro": macro(languages)}
     if group_by == "script":
-        members = defaultdict(dict)
-        for language, figures in languages.items():
-            members[language[4:]][language] = figures
-        result["groups"] = {script: {"languages": len(members[script]), **macro(members[script])} for script in sorted(members)}
+        result["groups"] = {script: {"languages": len(members), **macro(members)} for script, members in by_script(languages)}
     return result
+
+
+def by_script(languages: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """(script, those of the languages that are written in it), in order of script."""
+    members = defaultdict(dict)
+    for language, figures in languages.items():
+        members[language[4:]][language] = figures
+    return sorted(members.items())
 
 
 def read_languages(file: Path) -> set[str]:
@@ -163,11 +168,11 @@ def print_results(result: dict[str, Any]) -> None:
     main = "nll_per_document" if of_nll else "accuracy"
     best_first = sorted(languages, key=lambda language: languages[language][main] * (1 if of_nll else -1))
     rows = [row(language, languages[language], languages[language][count]) for language in best_first]
-    last = [row(f"{script}, {group['languages']} languages", group,
-                sum(languages[language][count] for language in languages if language[4:] == script))
-            for script, group in result.get("groups", {}).items()]  # fmt: skip
-    last.append(row("macro-average", result["macro"], sum(figures[count] for figures in languages.values())))
-    print_table(header, rows, last)
+    last = [(f"{script}, {len(members)} languages", result["groups"][script], members)
+            for script, members in by_script(languages) if "groups" in result]  # fmt: skip
+    last.append(("macro-average", result["macro"], languages))
+    print_table(header, rows, [row(name, figures, sum(member[count] for member in members.values()))
+                               for name, figures, members in last])  # fmt: skip
     if not of_nll:
         above = [figures for figures in languages.values() if figures["accuracy"] > figures["majority"]]
         surely = sum(figures["ci95"] is not None and figures["ci95"][0] > figures["majority"] for figures in above)
@@ -239,11 +244,7 @@ def compare(a: Path, b: Path, chosen: Callable[[list[str]], list[str]], group_by
                                      if of_a.get(key) != of_b.get(key)},
               "left_out": sorted((in_a.keys() | in_b.keys()) - languages.keys())}  # fmt: skip
     if group_by == "script":
-        scripts = sorted({language[4:] for language in languages})
-        result["groups"] = {
-            script: total({language: figures for language, figures in languages.items() if language[4:] == script})
-            for script in scripts
-        }
+        result["groups"] = {script: total(members) for script, members in by_script(languages)}
     return result
 
 

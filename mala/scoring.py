@@ -27,6 +27,7 @@ from mala.tokenizer import Tokenizer
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
 MAX_LENGTH = 2048  # tokens that a model reads before a label, in the published protocol
 ALONE = World()
+Encoded = list[tuple[list[int], list[list[int]]]]  # (context, its continuations) of each example, in tokens
 Advance = Callable[[float], object]  # moves a progress bar on by so many documents or examples
 
 
@@ -115,8 +116,8 @@ class Tree:
         return len(self.context) + sum(len(ids) - 1 for ids in self.continuations.values())
 
 
-def trees(encoded: list[tuple[list[int], list[list[int]]]], max_length: int) -> list[Tree]:
-    """Of (context, continuations), the published cut: before its last token a model reads at most `max_length`, the last ones.
+def trees(encoded: Encoded, max_length: int) -> list[Tree]:
+    """The published cut of every context: before its last token a model reads at most `max_length`, the last ones.
 
     Where a context must be cut, longer continuations leave less of it, so that only those of one length share a tree.
     """
@@ -134,9 +135,9 @@ def trees(encoded: list[tuple[list[int], list[list[int]]]], max_length: int) -> 
 
 
 @torch.no_grad()
-def loglikelihoods(model: Llama, encoded: list[tuple[list[int], list[list[int]]]], max_length: int = MAX_LENGTH,
-                   batch_size: int | None = None, advance: Advance = ignore) -> list[list[float]]:  # fmt: skip
-    """Σ ln p of the tokens of every continuation after its context, in nats; `encoded` holds (context, continuations).
+def loglikelihoods(model: Llama, encoded: Encoded, max_length: int = MAX_LENGTH, batch_size: int | None = None,
+                   advance: Advance = ignore) -> list[list[float]]:  # fmt: skip
+    """Σ ln p of the tokens of every continuation after its context, in nats.
 
     Only the positions that predict a token of a continuation meet `lm_head`. `advance` is told how many examples are done.
     """
@@ -168,20 +169,18 @@ def loglikelihoods(model: Llama, encoded: list[tuple[list[int], list[list[int]]]
         done = [(place, len(ids)) for tree in batch for place, ids in tree.continuations.items()]
         for ((example, number), _), losses in zip(done, nll.split([length for _, length in done])):
             results[example][number] = -losses.sum().item()
-        advance(sum(len(tree.continuations) / len(results[next(iter(tree.continuations))[0]]) for tree in batch))
+        advance(len(batch) / len(grown) * len(encoded))
     return results
 
 
-def encode_published(tokenizer: Tokenizer, examples: list[Example], labels: list[str]
-                     ) -> list[tuple[list[int], list[list[int]]]]:  # fmt: skip
-    """(context, one continuation a label) of each example as published: no `<s>`, context and label encoded apart."""
+def encode_published(tokenizer: Tokenizer, examples: list[Example], labels: list[str]) -> Encoded:
+    """The context, and one continuation a label, of each example as published: no `<s>`, context and label encoded apart."""
     continuations = [tokenizer.encode(f" {label}") for label in labels]
     contexts = tokenizer.encode_batch([example.context for example in examples])
     return [(context, continuations) for context in contexts]
 
 
-def encode_natural(tokenizer: Tokenizer, examples: list[Example], labels: list[str]
-                   ) -> list[tuple[list[int], list[list[int]]]]:  # fmt: skip
+def encode_natural(tokenizer: Tokenizer, examples: list[Example], labels: list[str]) -> Encoded:
     """The same as a model meets text in training: after `<s>`, context and label encoded as one text.
 
     What all labels of an example have in common is its context.
