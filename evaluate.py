@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from mala import plots
 from mala.checkpoint import atomic_file, lock, read_json, write_json
-from mala.cli import UserError, choose_device, option, parse, run
+from mala.cli import UserError, check_folder, choose_device, option, parse, run
 from mala.corpus import Corpus, some
 from mala.distributed import World, start
-from mala.load import find_model, load_model
+from mala.load import ModelSettings, find_model, load_model
 from mala.lora import LoRALinear
 from mala.model import Llama
 from mala.results import (
@@ -48,17 +48,14 @@ from mala.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
 DEMO = ROOT / "assets/demo"
+# Settings that mean something for one kind of benchmark only.
+OF_NLL, OF_QUESTIONS = ("held_out", "max_held_out"), ("shots", "seed", "seeds", "protocol")
 
 
 @dataclass
-class Settings:
+class Settings(ModelSettings):
     bench: str = option("nll", "nll: the negative log-likelihood of documents; sib200, taxi1500: few-shot classification",
                         choices=("nll", *TASKS))  # fmt: skip
-    model: str | None = option(None, "a checkpoint: a folder, one that train.py left, or a name on the Hugging Face hub; "
-                                     "default: out/demo, else assets/tiny-llama")  # fmt: skip
-    adapter: str | None = option(
-        None, "a LoRA adapter in PEFT's format, folder or hub name; its tokenizer goes before the model's"
-    )
     data: str | None = option(None, "the benchmark's folder; for nll a corpus, a folder with one entry per language")
     langs: tuple[str, ...] = option((), "measure these languages only")
     langs_file: str | None = option(None, "measure those of the data's languages that this file lists, one a line")
@@ -74,20 +71,25 @@ class Settings:
     compare: tuple[str, ...] = option((), "two results.json, or their folders: print what changed from the first to the second")
     batch_size: int | None = option(None, "sequences a batch; default: as many as fill 1,024 tokens on a CPU, 4,096 on a GPU")
     out: str | None = option(None, "where the results go; default: out/<bench>")
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "of the weights and the computation; auto: float32 on a CPU, else bfloat16",
-                        choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, least in (("limit", 1), ("batch_size", 1), ("shots", 0), ("seed", 0), ("max_held_out", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}, expected a number from {least} on")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in OF_QUESTIONS if self.bench == "nll" else OF_NLL:
+            if getattr(self, name) != defaults[name]:
+                raise UserError(f"--{name.replace('_', '-')} changes nothing in --bench {self.bench}; leave it out")
         self.seeds = tuple(dict.fromkeys(self.seeds)) or (self.seed,)
         if min(self.seeds) < 0:
             raise UserError(f"seeds are {', '.join(map(str, self.seeds))}, expected numbers from 0 on")
         if self.compare and len(self.compare) != 2:
             raise UserError(f"--compare is given {len(self.compare)} files, expected two results.json")
+        elif not self.compare:
+            self.out = self.out or f"out/{self.bench}"
+        if self.out:
+            check_folder(self.out)
 
 
 @dataclass
@@ -132,7 +134,7 @@ def main() -> None:
 
 
 def evaluate(settings: Settings, data: Path, is_sample: bool, dtype: torch.dtype, world: World) -> None:
-    out = Path(settings.out or f"out/{settings.bench}")
+    out = Path(settings.out)
     jobs = read_jobs(settings, data, world)
     base, adapter = find_model(settings.model, settings.adapter)
     model, tokenizer = load_model(base, adapter, dtype, world.device)

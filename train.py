@@ -36,11 +36,12 @@ from mala.checkpoint import (
     write_json,
     write_training_state,
 )
-from mala.cli import UserError, choose_device, option, parse, print_table, run
+from mala.cli import UserError, check_folder, choose_device, option, parse, print_table, run
 from mala.corpus import Corpus
 from mala.data import Batches, open_streams, read_ahead
 from mala.distributed import World, catch_signals, whole
 from mala.extend import INITS
+from mala.load import find
 from mala.log import RunLog, peak_memory
 from mala.lora import LoRAConfig, adapter_tensors, add_lora, find_targets, parameter_report, save_adapter, trainable_parameters
 from mala.model import Llama
@@ -55,7 +56,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 @dataclass
 class Settings:
     config: str | None = option(None, "a recipe, TOML: keys as the flags here, with underscores")
-    model: str = option(str(ROOT / "assets/tiny-llama"), "the base checkpoint, a folder as the Hugging Face hub holds it")
+    model: str = option(str(ROOT / "assets/tiny-llama"), "the base checkpoint: a folder as the Hugging Face hub holds it, or "
+                        "a name there")  # fmt: skip
     data: str = option(str(ROOT / "assets/demo/sib200"), "the corpus, a folder with one entry per language")
     out: str = option("out/demo", "where the results go")
     resume: str = option("auto", "auto: go on from the newest whole checkpoint in --out; never: start over and replace what is "
@@ -114,8 +116,7 @@ class Settings:
         if self.steps and self.steps * self.batch_size > 2**31:
             raise UserError(f"{self.steps:,} steps of {self.batch_size:,} blocks are more than the 2^31 that can be planned")
         for folder in (self.out, self.tokens or self.out):
-            if Path(folder).exists() and not Path(folder).is_dir():
-                raise UserError(f"{folder}: a file, expected a folder or the name of a new one")
+            check_folder(folder)
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard takes the package tensorboard: pip install tensorboard")
         for source in (self.model, self.data):
@@ -145,6 +146,7 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
 
 def main() -> None:
     settings = parse(Settings, __doc__.split("\n\n")[0])
+    settings.model = str(find(settings.model))
     if settings.dry_run:
         return plan.dry_run(settings)
     device, dtype = choose_device(settings.device, settings.dtype)

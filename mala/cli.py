@@ -165,6 +165,12 @@ def choose_device(device: str, dtype: str, is_plan: bool = False) -> tuple[str, 
     return device, getattr(torch, dtype)
 
 
+def check_folder(path: str | Path) -> None:
+    """Raise UserError where results cannot go to the folder `path`, since it is a file."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UserError(f"{path}: a file, expected a folder or the name of a new one")
+
+
 MAX_ROWS = 40
 
 

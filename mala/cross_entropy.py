@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """`forward` makes the gradients along with the loss, `backward` scales them by the gradient of what is made of the loss."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, implementation, is_training):
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int,
+                implementation: str, is_training: bool) -> torch.Tensor:  # fmt: skip
         wants_hidden, wants_weight = (is_training and wanted for wanted in ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
@@ -128,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx, d_loss):
+    def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:  # they were scaled in place, to hold no second copy of (V, D)
             raise RuntimeError("the loss's gradient is taken a second time; it is formed once, call linear_cross_entropy again")
         gradients, ctx.gradients = ctx.gradients, None
@@ -250,7 +252,7 @@ def _block(V: int) -> int:
 if triton is not None:
 
     @triton.jit
-    def _row_kernel(logits, stride, targets, losses, V, ignore_index,
+    def _row_kernel(logits, stride, targets, losses, V, ignore_index,  # noqa: ANN001, Triton has types of its own
                     WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
         """One program, one row of V logits: its loss, and its logits turned into p - e.
 

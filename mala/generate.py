@@ -11,24 +11,18 @@ from dataclasses import dataclass
 import torch
 
 from mala.cli import UserError, choose_device, option, parse, run
-from mala.load import find_model, load_model
+from mala.load import ModelSettings, find_model, load_model
 from mala.model import KVCache, Llama
 from mala.tokenizer import Tokenizer
 
 
 @dataclass
-class Settings:
+class Settings(ModelSettings):
     prompt: str = option("The topic of the news", "the text to continue")
-    model: str | None = option(None, "a checkpoint: a folder, one that train.py left, or a name on the Hugging Face hub; "
-                                     "default: out/demo, else assets/tiny-llama")  # fmt: skip
-    adapter: str | None = option(None, "a LoRA adapter in PEFT's format, folder or hub name")
     max_tokens: int = option(60, "how many tokens at most")
     temperature: float = option(0.8, "below 1 likely tokens become likelier; 0: always the likeliest")
     top_p: float = option(0.95, "draw among the likeliest tokens that together have this probability")
     seed: int = option(0, "of the draws")
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "of the weights and the computation; auto: float32 on a CPU, else bfloat16",
-                        choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mala.checkpoint import read_json
-from mala.cli import UserError
+from mala.cli import UserError, option
 from mala.lora import load_adapter
 from mala.model import Llama
 from mala.tokenizer import Tokenizer, load_tokenizer
@@ -38,6 +39,20 @@ def find(name: str) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: there is no such folder, and the Hugging Face hub does not give it ({reason[:200]}); check "
                         "the name, log in with `hf auth login`, or download it where there is a network") from None  # fmt: skip
+
+
+@dataclass
+class ModelSettings:
+    """The settings of a command line that runs a model."""
+
+    model: str | None = option(None, "a checkpoint: a folder, one that train.py left, or a name on the Hugging Face hub; "
+                                     "default: out/demo, else assets/tiny-llama")  # fmt: skip
+    adapter: str | None = option(
+        None, "a LoRA adapter in PEFT's format, folder or hub name; its tokenizer goes before the model's"
+    )
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "of the weights and the computation; auto: float32 on a CPU, else bfloat16",
+                        choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
 
 
 def find_model(model: str | None, adapter: str | None) -> tuple[Path, Path | None]:

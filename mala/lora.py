@@ -185,6 +185,7 @@ def replace_module(model: Llama, name: str, module: nn.Module) -> None:
 
 
 def trainable_parameters(model: Llama) -> dict[str, nn.Parameter]:
+    """Name -> parameter, for all that train; each is float32."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -96,6 +96,7 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
+        """From what `config.json` holds, in the spelling of transformers 4 or 5. Raises UserError as above."""
         # Keys that would change the mathematics, with the only values that are computed here.
         computed = {"model_type": "llama", "hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}
         for key, expected in computed.items():
@@ -188,7 +189,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight (arXiv 1910.07467, eq. 4), in float32, rounded once."""
+    """x / sqrt(mean(x²) + eps) * weight (arXiv 1910.07467, eq. 4), in float32, rounded once: (…, D) -> (…, D)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -202,6 +203,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention, K key/value heads for H query heads (arXiv 2305.13245): (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.H, self.K, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -228,7 +231,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+    """SwiGLU (arXiv 2002.05202), down(silu(gate(x)) * up(x)): (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -242,6 +245,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), and to that + mlp(norm of it): (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)

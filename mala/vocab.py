@@ -20,6 +20,7 @@ import io
 import re
 import struct
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -202,14 +203,14 @@ def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
     return symbols
 
 
-def check_numbers(args) -> None:
+def check_numbers(args: Namespace) -> None:
     for name, least, most in (("size", 1, 2**30), ("documents", 1, 2**40), ("seed", 0, 2**32 - 1), ("alpha", 0, 10)):
         value = getattr(args, name, None)
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name} is {value}, expected a number from {least:,} to {most:,}")
 
 
-def read_words(args) -> Counter[str]:
+def read_words(args: Namespace) -> Counter[str]:
     """The word counts of a command line's corpus: --data, --held-out, --alpha, --documents, --seed."""
     documents = Corpus(args.data, held_out=args.held_out).stream("train")
     drawn = sample(documents, args.alpha, args.seed, args.documents)
@@ -278,7 +279,7 @@ def main() -> None:
     {"train": run_train, "merge": run_merge, "report": run_report, "extend": run_extend}[args.command](args)
 
 
-def run_train(args) -> None:
+def run_train(args: Namespace) -> None:
     check_numbers(args)
     with atomic_file(args.out, "wb") as file:  # opened first: a wrong path is found before hours of learning
         model = train_pieces(read_words(args), args.size, args.published)
@@ -286,7 +287,7 @@ def run_train(args) -> None:
     print(f"{args.out}: {len(Tokenizer(model)):,} pieces")
 
 
-def run_merge(args) -> None:
+def run_merge(args: Namespace) -> None:
     base = Tokenizer.from_pretrained(args.base)
     if args.method == "union":
         if not args.new or args.data or args.size is not None:
@@ -305,7 +306,7 @@ def run_merge(args) -> None:
     print(f"{args.out}: {len(base):,} pieces -> {len(Tokenizer(merged)):,}")
 
 
-def run_report(args) -> None:
+def run_report(args: Namespace) -> None:
     base, new = Tokenizer.from_pretrained(args.base), Tokenizer.from_pretrained(args.new)
     report = compare(base, new, Corpus(args.data, held_out=args.held_out).stream(args.split))
     print_report(report)
@@ -315,7 +316,7 @@ def run_report(args) -> None:
         draw_fertility(report, args.plot)
 
 
-def run_extend(args) -> None:
+def run_extend(args: Namespace) -> None:
     if (args.init == "calibrated") != bool(args.data):
         raise UserError("--init calibrated, and only that, takes --data")
     check_numbers(args)

@@ -4,30 +4,53 @@
 
 A run is started, killed at a random moment (while it prepares, trains, writes a checkpoint or measures) and started again with
 the same command, until it has been killed so often; then it may finish. Compared are the last checkpoint's weights and
-optimizer state, the adapter, nll.json, and metrics.jsonl without what a clock decides.
+optimizer state, the adapter, nll.json, and metrics.jsonl without what a clock decides. Every run is a process of its own,
+forked from one that has only imported train.py, so that all of its time is spent on what can be lost.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # a model so small gains nothing from more, which would wait on busy cores
 TIMED = ("tokens_per_second", "waiting", "peak_memory_gb", "mfu")
 
 
-def command(out: Path, steps: int) -> list[str]:
+def arguments(out: Path, steps: int) -> list[str]:
     settings = ["--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "500", "--seq-len", "32", "--batch-size", "4",
                 "--micro-batch-size", "2", "--warmup-steps", "2", "--log-every", "3", "--save-every", "7",
                 "--eval-every", str(steps // 2)]  # fmt: skip
-    return [sys.executable, str(ROOT / "train.py"), *settings, "--steps", str(steps), "--out", str(out)]
+    return ["train.py", *settings, "--steps", str(steps), "--out", str(out)]
+
+
+def work(argv: list[str], output: Path) -> None:
+    """`python train.py …`, in a forked process; what it prints goes to a file."""
+    import torch
+
+    import train
+
+    sys.stdout = sys.stderr = open(output, "w", buffering=1)
+    sys.argv = argv
+    torch.set_num_threads(1)  # a model so small gains nothing from more, which would wait on busy cores
+    train.run(train.main)
+
+
+def start(out: Path, steps: int) -> BaseProcess:
+    """A run in the folder `out`, and what it prints in a file beside it."""
+    sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    process = context.Process(target=work, args=(arguments(out, steps), out.with_suffix(".log")))
+    process.start()
+    return process
 
 
 def outcome(out: Path, steps: int) -> dict[str, object]:
@@ -45,39 +68,40 @@ def outcome(out: Path, steps: int) -> dict[str, object]:
 def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) -> None:
     """Disturb a run with one signal after the other. Raise AssertionError where it ends otherwise than an undisturbed one."""
     calm, disturbed = folder / "calm", folder / "disturbed"
+    start(folder / "first", 1).join()  # the modules are imported, files are in the system's cache
     began = time.perf_counter()
-    subprocess.run(command(calm, steps), check=True, capture_output=True, env=ENVIRONMENT)
+    undisturbed = start(calm, steps)
+    undisturbed.join()
+    assert undisturbed.exitcode == 0, calm.with_suffix(".log").read_text()
     seconds = time.perf_counter() - began
     rng = random.Random(seed)
     hit = finished = 0
     phases = set()
     while hit < len(signals):
         number = signals[hit]
-        running = subprocess.Popen(
-            command(disturbed, steps), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-        )
+        running, log = start(disturbed, steps), disturbed.with_suffix(".log")
         moment = rng.uniform(0, seconds)
-        try:
-            out, err = running.communicate(timeout=moment)
-            assert running.returncode == 0, err
+        running.join(moment)
+        if running.exitcode is not None:
+            assert running.exitcode == 0, log.read_text()
             assert outcome(disturbed, steps) == outcome(calm, steps)
             finished += 1  # before its time had come: the next one is disturbed
             disturbed = folder / f"disturbed-{finished}"
             continue
-        except subprocess.TimeoutExpired:
-            running.send_signal(number)
-            out, err = running.communicate(timeout=60)
+        os.kill(running.pid, number)
+        running.join(60)
         hit += 1
         phases.add(phase(disturbed, steps))
         print(f"{number.name} {hit} after {moment:.1f} s, {phase(disturbed, steps)}: {checkpoint_names(disturbed)}", flush=True)
         if number == signal.SIGKILL:
-            assert running.returncode == -signal.SIGKILL
-        elif running.returncode == 0:  # during training; before that there is nothing to save, and the process just ends
-            assert "stopped after step" in out or "held-out NLL" in out, (out, err)
+            assert running.exitcode == -signal.SIGKILL
+        elif running.exitcode == 0:  # during training; before that there is nothing to save, and the process just ends
+            assert "stopped after step" in log.read_text() or "held-out NLL" in log.read_text(), log.read_text()
         else:
-            assert running.returncode == -number, (running.returncode, err)
-    done = subprocess.run(command(disturbed, steps), capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
+            assert running.exitcode == -number, (running.exitcode, log.read_text())
+    last = start(disturbed, steps)
+    last.join()
+    assert last.exitcode == 0, disturbed.with_suffix(".log").read_text()
     assert "training" in phases, f"no signal came during training, only during {phases}; take another --seed"
     found, expected = outcome(disturbed, steps), outcome(calm, steps)
     for key, value in expected.items():
