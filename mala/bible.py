@@ -1,18 +1,16 @@
 """Bible editions to Taxi1500's layout: the labels stand at English verses, and verse ids carry them to any other language.
 
-An edition is a text file as in the Parallel Bible Corpus (Mayer & Cysouw 2014), of which Taxi1500's free corpus is a part:
+An edition is a text file as in the Parallel Bible Corpus (Mayer & Cysouw 2014), of which Taxi1500's free corpus is a part;
+a verse id is two digits of the book, three of the chapter, three of the verse:
 
     # language_name:        Swahili
     # closest ISO 639-3:    swh
     # ISO 15924:            Latn
     40001001	Yesu Kristo alikuwa mzawa wa Daudi, mzawa wa Abrahamu. …
-
-A verse id is two digits of the book, three of the chapter, three of the verse.
 """
 
 from __future__ import annotations
 
-import errno
 import re
 import unicodedata
 import zipfile
@@ -24,11 +22,11 @@ from tqdm import tqdm
 
 from mala.checkpoint import atomic_directory
 from mala.cli import UserError
-from mala.corpus import LANGUAGE
 
 SPLITS = ("train", "dev", "test")
 Labels = Mapping[str, list[tuple[str, str]]]  # split -> (verse id, label) of each English row, in order
 Lines = Iterator[tuple[int, str]]  # (number from 1, line without its end)
+Verses = dict[str, str]  # id -> text
 
 # The first word of a letter's name in Unicode -> ISO 15924.
 SCRIPTS = dict(pair.split() for pair in (
@@ -41,17 +39,11 @@ SCRIPTS = dict(pair.split() for pair in (
 
 
 def read_archive(path: Path) -> Iterator[tuple[str, Lines]]:
-    """(name, lines) of each edition in a zip archive, in order of name. Raises BadZipFile where the archive is damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(name for name in archive.namelist() if name.endswith(".txt") and not Path(name).name.startswith("."))
-            for name in tqdm(names, desc="reading Bibles", unit="edition", leave=False, disable=None):
-                # To its end, before the first line is looked at: only then is its CRC-32 checked, and damage no wrong line.
-                yield name, _lines(name, archive.read(name))
-    except Exception as error:  # zipfile stumbles over damage in many ways
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL):  # of another origin
-            raise
-        raise zipfile.BadZipFile(str(error) or type(error).__name__) from None
+    """(name, lines) of each edition in a zip archive, in order of name. Raises what zipfile does for a damaged one."""
+    with zipfile.ZipFile(path) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".txt") and not Path(name).name.startswith("."))
+        for name in tqdm(names, desc="reading Bibles", unit="edition", leave=False, disable=None):
+            yield name, _lines(name, archive.read(name))  # as a whole: only at its end is its CRC-32 checked
 
 
 def _lines(name: str, data: bytes) -> Lines:
@@ -63,44 +55,34 @@ def _lines(name: str, data: bytes) -> Lines:
         yield number, line.rstrip("\r")
 
 
-def join(labels: Labels, editions: Iterable[tuple[str, Lines]], is_tolerant: bool = False
-         ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:  # fmt: skip
-    """language -> verse id -> text of its labelled verses; and, where an edition is left out, its file's name -> why.
+def join(labels: Labels, editions: Iterable[tuple[str, Lines]], is_tolerant: bool) -> tuple[dict[str, Verses], dict[str, str]]:
+    """language -> its labelled verses, of editions (file, lines); and file -> why, where one is left out.
 
-    editions: (file, its lines). Of a language's editions the one with most labelled verses counts, as the authors' script takes
-    the longest; of several, the first by name. is_tolerant: an edition with a wrong line is left out, and raises nothing.
+    Of a language's editions the first of those with most labelled verses counts, as the authors' script takes the longest.
+    is_tolerant: an edition with a wrong line is left out, and raises no UserError.
     """
     wanted = {id for split in SPLITS for id, _ in labels[split]}
-    best: dict[str, tuple[int, str]] = {}
     found, left_out = {}, {}
     for name, lines in editions:
-        file = Path(name).name
         try:
             header, verses = read_edition(name, lines, wanted)
-            if not verses:
-                left_out[file] = "it has none of the labelled verses"
-                continue
-            language = language_of(name, header, verses.values())
+            language = language_of(name, header, verses.values()) if verses else ""
         except UserError as error:
             if not is_tolerant:
                 raise
-            left_out[file] = str(error)
+            left_out[Path(name).name] = str(error)
             continue
-        rank = (-len(verses), file)
-        if language not in best or rank < best[language]:
-            best[language], found[language] = rank, verses
+        if not verses:
+            left_out[Path(name).name] = "it has none of the labelled verses"
+        elif len(verses) > len(found.get(language, {})):
+            found[language] = verses
     return found, left_out
 
 
-def read_edition(name: str, lines: Lines, wanted: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The header of an edition, its keys in lower case, and the texts of those of its verses that are `wanted`.
-
-    A verse without a text is absent; a tab within a text becomes a space, as Taxi1500 has three columns. Raises UserError for a
-    line that does not begin with a verse id and a tab, and for an id that comes twice.
-    """
-    header: dict[str, str] = {}
-    verses: dict[str, str] = {}
-    seen = set()
+def read_edition(name: str, lines: Lines, wanted: Collection[str]) -> tuple[dict[str, str], Verses]:
+    """The header of an edition, its keys in lower case, and its `wanted` verses that have a text, tabs as spaces. Raises
+    UserError for a line that does not begin with a verse id, and for an id that comes twice."""
+    header, verses, seen = {}, {}, set()
     for number, line in lines:
         if line.startswith("#"):  # verses that are commented out, too
             key, _, value = line[1:].partition(":")
@@ -108,10 +90,8 @@ def read_edition(name: str, lines: Lines, wanted: Collection[str]) -> tuple[dict
         elif line.strip():
             # An id alone, from which an editor took the tab, is a verse without a text, and to the authors' script, too.
             id, _, text = line.partition("\t")
-            if not (len(id) == 8 and id.isascii() and id.isdigit()):
-                raise UserError(
-                    f"{name}: line {number} begins with {id[:30]!r}, expected a verse id of 8 digits and a tab; mend it"
-                )
+            if not re.fullmatch("[0-9]{8}", id):
+                raise UserError(f"{name}: line {number} begins with {id[:30]!r}, expected a verse id of 8 digits and a tab")
             if id in seen:
                 raise UserError(f"{name}: line {number} has the verse id {id} for the second time; keep one of the two")
             seen.add(id)
@@ -121,43 +101,35 @@ def read_edition(name: str, lines: Lines, wanted: Collection[str]) -> tuple[dict
 
 
 def language_of(name: str, header: Mapping[str, str], texts: Iterable[str]) -> str:
-    """`<ISO 639-3>_<ISO 15924>` of an edition: what its file's name begins with, as `swh_Latn.txt`. Otherwise the code of the
-    language stands in the header, or begins the file's name, and the script stands there, or is that of most letters of the
-    texts. Raises UserError where it is not to be found."""
-    file = Path(name).name
-    if whole := re.match(rf"{LANGUAGE.pattern}(?![A-Za-z])", file):
-        return whole[0]
-    language = re.fullmatch("[a-z]{3}", header.get("closest iso 639-3", "")) or re.match("[a-z]{3}(?![A-Za-z])", file)
+    """`<ISO 639-3>_<ISO 15924>` of an edition, from the beginning of its file's name, as `swh_Latn.txt`, or its header, or the
+    script of most letters of its texts. Raises UserError where it is not to be found."""
+    file = re.match("([a-z]{3})(_[A-Z][a-z]{3})?(?![A-Za-z])", Path(name).name)
+    if file and file[2]:
+        return file[0]
+    language = re.fullmatch("[a-z]{3}", header.get("closest iso 639-3", "")) or file
     if not language:
         raise UserError(f"{name}: its language is not to be found; let the file's name begin with it, as in swh_Latn.txt")
-    if script := re.fullmatch("[A-Z][a-z]{3}", header.get("iso 15924", "")):
-        return f"{language[0]}_{script[0]}"
-    scripts: Counter[str | None] = Counter()
-    for char, count in Counter("".join(texts)).items():
-        if char.isalpha():
-            scripts[SCRIPTS.get(unicodedata.name(char, "?").split()[0])] += count
-    most = max(scripts, key=scripts.__getitem__, default=None)
-    if most is None:
-        raise UserError(
-            f"{name}: its script is not to be found; let the file's name begin with it, as in {language[0]}_Latn.txt"
-        )
-    return f"{language[0]}_{most}"
+    script = header.get("iso 15924", "")
+    if not re.fullmatch("[A-Z][a-z]{3}", script):
+        scripts: Counter[str] = Counter()
+        for char, count in Counter("".join(texts)).items():
+            if char.isalpha():
+                scripts[SCRIPTS.get(unicodedata.name(char, "?").split()[0], "")] += count
+        script = max(scripts, key=scripts.__getitem__, default="")
+    if not script:
+        raise UserError(f"{name}: its script is not to be found; let the file's name tell it, as in {language[0]}_Latn.txt")
+    return f"{language[0]}_{script}"
 
 
-def write_languages(labels: Labels, found: Mapping[str, Mapping[str, str]], out: Path, min_verses: int = 900
-                    ) -> tuple[list[str], dict[str, str]]:  # fmt: skip
-    """Write a folder for each language of `join`, in the order of the English rows, unless it has too few verses.
-
-    Returns the languages written, and, where one was not, language -> why. An existing folder is replaced, as a whole.
-    """
+def write_languages(labels: Labels, found: dict[str, Verses], out: Path, min_verses: int) -> tuple[list[str], dict[str, str]]:
+    """Write a folder for each language of `join`, its verses in the order of the English rows; an existing one is replaced.
+    Returns the languages written, and language -> why, where one was not."""
     written, left_out = [], {}
     for language, verses in sorted(found.items()):
         splits = {split: [row for row in labels[split] if row[0] in verses] for split in SPLITS}
-        total = sum(map(len, splits.values()))
-        empty = [split for split in SPLITS if not splits[split]]
-        if total < min_verses:
-            left_out[language] = f"it has {total:,} labelled verses, fewer than {min_verses:,}"
-        elif empty:
+        if len(verses) < min_verses:
+            left_out[language] = f"it has {len(verses):,} labelled verses, fewer than {min_verses:,}"
+        elif empty := [split for split in SPLITS if not splits[split]]:
             left_out[language] = f"it has no verse of the {' and the '.join(empty)} split"
         else:
             with atomic_directory(out / language, replace=True) as folder:

@@ -66,9 +66,7 @@ class LoRAConfig:
             raise UserError("target_modules and modules_to_save are both empty: nothing would train")
         for name in self.modules_to_save:
             if name not in WHOLE:
-                raise UserError(
-                    f"modules_to_save names {name!r}, expected some of {', '.join(WHOLE)}: nothing else trains whole"
-                )
+                raise UserError(f"modules_to_save names {name!r}, expected some of {', '.join(WHOLE)}: no other trains whole")
         patterns = [_ENDS_WITH.format(pattern) for pattern in (*self.rank_pattern, *self.alpha_pattern)]
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             patterns.append(self.target_modules)
@@ -82,8 +80,7 @@ class LoRAConfig:
         """R of the layer `name`, and what its update is multiplied by: alpha/R, or alpha/√R (rsLoRA, arXiv 2312.03732)."""
 
         def setting(patterns: dict, default: float) -> float:
-            matching = (value for pattern, value in patterns.items() if re.match(_ENDS_WITH.format(pattern), name))
-            return next(matching, default)
+            return next((value for pattern, value in patterns.items() if re.match(_ENDS_WITH.format(pattern), name)), default)
 
         r = setting(self.rank_pattern, self.r)
         alpha = setting(self.alpha_pattern, self.lora_alpha)
@@ -129,10 +126,8 @@ def find_targets(model: Llama, config: LoRAConfig) -> list[str]:
     """
     check_bare(model)
     if model.config.tie_word_embeddings and len(config.modules_to_save) == 1:
-        raise UserError(
-            f"modules_to_save names {config.modules_to_save[0]} alone, but the model's embed_tokens and lm_head are one "
-            f"matrix; name both or neither"
-        )
+        raise UserError(f"modules_to_save names {config.modules_to_save[0]} alone, but here embed_tokens and lm_head are one "
+                        "matrix; name both or neither")  # fmt: skip
     linear = [name for name, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)]
     wanted = config.target_modules
     if wanted == "all-linear":
@@ -283,13 +278,12 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
             raise UserError(f"{directory}: {error}") from None
     expected = adapter_tensors(plan, (*config.modules_to_save, *whole))
     if odd := sorted(tensors.keys() ^ expected.keys()):
-        found, wanted = ("an extra", "none") if odd[0] in tensors else ("no", "one")
-        raise UserError(f"{file}: {len(odd)} tensors differ from the model's: there is {found} {odd[0]!r}, expected {wanted}")
+        found = f"{'an extra' if odd[0] in tensors else 'no'} {odd[0]!r}"
+        raise UserError(f"{file}: {len(odd)} tensors differ from those expected for this model: there is {found}")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            raise UserError(
-                f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected floating point {tuple(expected[name].shape)}"
-            )
+        shape = tuple(expected[name].shape)
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise UserError(f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected floating point {shape}")
         if not tensor.isfinite().all():
             raise UserError(f"{file}: {name} holds NaN or infinity, expected numbers; the training that wrote it diverged")
 
@@ -344,8 +338,8 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
     for key in ("r", "lora_alpha", "target_modules"):
         if values.get(key) is None:
             raise UserError(f"{path}: there is no {key!r}; expected the adapter_config.json of a LoRA adapter")
-    given = {key: value for key, value in values.items() if key in fields and value is not None}
-    given = {"lora_dropout": 0.0, "modules_to_save": [], **given}
+    given = {"lora_dropout": 0.0, "modules_to_save": []}
+    given |= {key: value for key, value in values.items() if key in fields and value is not None}
     for key, kinds in (("target_modules", (list, str)), ("modules_to_save", (list,)), ("rank_pattern", (dict,)),
                        ("alpha_pattern", (dict,))):  # fmt: skip
         if not isinstance(given.get(key, kinds[0]()), kinds):
@@ -394,9 +388,9 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m mala.lora", description="LoRA adapters in PEFT's format.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("merge", help="write a plain checkpoint, with the adapter merged into its base")
-    command.add_argument("--model", type=Path, required=True, help="the base checkpoint's folder")
-    command.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
-    command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
+    for flag, help in (("--model", "the base checkpoint's folder"), ("--adapter", "the adapter's folder"),
+                       ("--out", "the checkpoint folder to write")):  # fmt: skip
+        command.add_argument(flag, type=Path, required=True, help=help)
     args = parser.parse_args()
     merge_checkpoint(args.model, args.adapter, args.out)
     print(f"{args.out}: {args.model} + {args.adapter}, merged")

@@ -61,6 +61,16 @@ def width_of(languages: list[str]) -> float:
     return min(max(4.0, 1.5 + len(languages) * 0.15), 16)
 
 
+def log_scale(axis: Any) -> None:
+    """A logarithmic y axis, with numbers at 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+
+
 def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None:
     """loss.png, the loss as training went, and nll.png, the NLL of every language before and after."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -85,9 +95,7 @@ def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None
             axis.plot([x, x], ends, color=color, linewidth=1, alpha=0.6)
             axis.plot(x, ends[0], "o", color="black", markerfacecolor="white", markersize=4)
             axis.plot(x, ends[1], "o", color=color, markersize=4)
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        log_scale(axis)
         axis.set_ylabel("held-out NLL, nats a document")
         axis.set_title("before (hollow) and after; red: worse", fontsize=10)
         name_languages(axis, languages, "by NLL after")
@@ -144,12 +152,7 @@ def draw_fertility(report: dict[str, Any], path: Path) -> None:
                 axis.plot([x, x], [before, after], color=color, linewidth=1, alpha=0.5)
                 axis.plot(x, before, "o", color=color, markerfacecolor="white", markersize=4)
                 axis.plot(x, after, "o", color=color, markersize=4)
-            axis.set_yscale("log")
-            values = [side["fertility"] for language in chosen for side in sides[language].values()]
-            ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-            axis.set_yticks([tick for tick in ticks if min(values) / 2 < tick < 2 * max(values)])
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("")
+            log_scale(axis)
             axis.set_ylabel(f"tokens per {unit}")
             name_languages(axis, chosen, "by fertility before")
         marks = [plt.Line2D([], [], linestyle="", marker="o", color=color, label=script) for script, color in colors.items()]

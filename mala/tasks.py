@@ -9,16 +9,16 @@ Another benchmark is another small class in TASKS. The protocol is MaLA-500's pu
 from __future__ import annotations
 
 import re
-import shutil
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from mala.bible import SPLITS, join, read_archive, write_languages
-from mala.checkpoint import atomic_directory
+from mala.bible import SPLITS, Labels, Verses, join, read_archive, write_languages
 from mala.cli import ArgumentParser, UserError, run, words
 from mala.corpus import LANGUAGE, check_languages, read_lines, read_tsv
 from mala.fetch import File, download_all, list_files
@@ -151,22 +151,17 @@ Outcome = tuple[list[str], dict[str, str]]  # the languages written; a language 
 
 
 def download_sib200(out: Path, languages: Collection[str] = (), hub: str = HUB) -> Outcome:
-    """SIB-200 as published, the dataset Davlan/sib200, checked by git's blob ids.
-
-    languages: these only. Raises UserError for one that the dataset lacks.
-    """
-    found: dict[str, dict[str, File]] = {}
-    for file in list_files(f"{hub}/api/datasets/Davlan/sib200/tree/main/data?recursive=true"):
-        if match := re.fullmatch(rf"data/({LANGUAGE.pattern})/({'|'.join(SPLITS)})\.tsv", str(file.path)):
-            url = f"{hub}/datasets/Davlan/sib200/resolve/main/{file.path}"
-            found.setdefault(match[1], {})[match[2]] = replace(file, url=url, path=out / match[1] / f"{match[2]}.tsv")
+    """SIB-200 as published, the dataset Davlan/sib200; of `languages` only, where they are given. Raises UserError for one that
+    the dataset lacks."""
+    found: dict[str, dict[Path, File]] = {}
+    for path, file in list_files(f"{hub}/api/datasets/Davlan/sib200/tree/main/data?recursive=true").items():
+        if match := re.fullmatch(rf"data/({LANGUAGE.pattern})/({'|'.join(SPLITS)})\.tsv", path):
+            url = f"{hub}/datasets/Davlan/sib200/resolve/main/{path}"
+            found.setdefault(match[1], {})[out / match[1] / f"{match[2]}.tsv"] = replace(file, url=url)
     chosen = check_languages(Path("Davlan/sib200"), sorted(found), tuple(languages))
     whole = [language for language in chosen if len(found[language]) == len(SPLITS)]
-    left_out = {language: "not all of its splits are published" for language in chosen if language not in whole}
-    if not whole:
-        raise _nothing(out, left_out)
-    download_all(file for language in whole for file in found[language].values())
-    return whole, left_out
+    download_all({path: file for language in whole for path, file in found[language].items()})
+    return whole, {language: "not all of its splits are published" for language in chosen if language not in whole}
 
 
 def download_taxi1500(out: Path, languages: Collection[str] = (), github: str = GITHUB, corpus: str = BIBLES) -> Outcome:
@@ -175,103 +170,75 @@ def download_taxi1500(out: Path, languages: Collection[str] = (), github: str = 
     An edition with a wrong line is left out. The archive of editions has no published checksum, but its members have: each that
     is read is checked. It stays while the build fails, and is deleted afterwards. languages: as in `download_sib200`.
     """
-    labels, archive = out / ".labels", out / f".{corpus.rsplit('/', 1)[-1]}"
-    rows = read_labels(_fetch_labels(labels, github))
-    written, left_out = [], {}
+    listing = f"{github}/repos/cisnlp/Taxi1500/contents/eng_data"
+    files = list_files(listing)
+    names = [f"eng_{split}.tsv" for split in SPLITS]
+    if missing := [name for name in names if f"eng_data/{name}" not in files]:
+        raise UserError(f"{listing}: there is no {missing[0]}; see in a browser where the labels of Taxi1500 are now")
+    with tempfile.TemporaryDirectory() as folder:
+        download_all({Path(folder, name): files[f"eng_data/{name}"] for name in names})
+        labels, english = read_labels(Path(folder))
+
+    archive = out / f".{corpus.rsplit('/', 1)[-1]}"
+    found, left_out = {}, {}
     takes_editions = set(languages) != {"eng_Latn"}
     if takes_editions:
-        download_all([File(corpus, archive)])
+        download_all({archive: File(corpus)})
         try:
-            found, left_out = join(_ids(rows), read_archive(archive), is_tolerant=True)
-        except zipfile.BadZipFile as error:
+            found, left_out = join(labels, read_archive(archive), is_tolerant=True)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # whatever zipfile raises for a wrong byte
             archive.unlink()
             raise UserError(f"{archive}: damaged ({error}) and deleted; give the command again to fetch it anew") from None
-        chosen = check_languages(archive, sorted({"eng_Latn", *found}), tuple(languages))
-        codes = tuple({language[:3] for language in chosen})
-        left_out = {name: why for name, why in left_out.items() if not languages or name.startswith(codes)}
-        written, too_small = write_languages(_ids(rows), {name: found[name] for name in chosen if name != "eng_Latn"}, out)
-        left_out |= too_small
-    if not languages or "eng_Latn" in languages:
-        with atomic_directory(out / "eng_Latn", replace=True) as folder:
-            for split in SPLITS:
-                shutil.copyfile(labels / f"eng_{split}.tsv", folder / f"eng_Latn_{split}.tsv")
-        written = sorted([*written, "eng_Latn"])
-    if not written:
-        raise _nothing(out, left_out)
-    shutil.rmtree(labels)
-    if takes_editions:
+    found["eng_Latn"] = english
+    chosen = check_languages(archive, sorted(found), tuple(languages))
+    codes = tuple(language[:3] for language in chosen)
+    left_out = {name: why for name, why in left_out.items() if not languages or name.startswith(codes)}
+    written, too_small = write_languages(labels, {language: found[language] for language in chosen}, out, 900)
+    if written and takes_editions:
         archive.unlink()
         print(f"{archive}: deleted, as all of it is read; for further languages it is downloaded again")
-    return written, left_out
-
-
-def _fetch_labels(labels: Path, github: str) -> Path:
-    listing = f"{github}/repos/cisnlp/Taxi1500/contents/eng_data"
-    files = {file.path: file for file in list_files(listing)}
-    names = [f"eng_{split}.tsv" for split in SPLITS]
-    for name in names:
-        if f"eng_data/{name}" not in files:
-            raise UserError(f"{listing}: there is no {name}, expected {', '.join(names)}; see in a browser where they are now")
-    download_all(replace(files[f"eng_data/{name}"], path=labels / name) for name in names)
-    return labels
+    return written, left_out | too_small
 
 
 def build_taxi1500(labels: Path, verses: Iterable[Path], out: Path, min_verses: int = 900) -> Outcome:
     """Taxi1500 for the languages of Bible editions: `verses`, files that `mala.bible.read_edition` and `language_of` describe.
 
     labels: a folder that `read_labels` describes. A language with fewer than `min_verses` labelled verses is left out. Raises
-    UserError for a wrong line, and where no language is left.
+    UserError for a wrong line.
     """
-    if min_verses < 1:
-        raise UserError(f"--min-verses is {min_verses}, expected a positive number")
-    ids = _ids(read_labels(labels))
-    found, left_out = join(ids, ((str(file), read_lines(file)) for file in verses))
+    rows, _ = read_labels(labels)
+    editions = [(str(file), read_lines(file)) for file in sorted(verses, key=lambda file: file.name)]
+    found, left_out = join(rows, editions, is_tolerant=False)
     if "eng_Latn" in found and (out / "eng_Latn").resolve() in (labels.resolve(), (labels / "eng_Latn").resolve()):
         raise UserError(f"{out / 'eng_Latn'}: holds the labels, and an English edition would replace it; name another --out")
-    written, too_small = write_languages(ids, found, out, min_verses)
-    left_out |= too_small
-    if not written:
-        raise _nothing(out, left_out)
-    return written, left_out
+    written, too_small = write_languages(rows, found, out, min_verses)
+    return written, left_out | too_small
 
 
-DOWNLOADS = {"sib200": download_sib200, "taxi1500": download_taxi1500}
-
-
-def read_labels(labels: Path) -> dict[str, list[Row]]:
-    """split -> the English rows, in the published order. The files are `eng_train.tsv`, as published, or `eng_Latn_train.tsv`,
-    in the folder or in `eng_Latn/` below it. Raises UserError where they are missing or wrong."""
+def read_labels(labels: Path) -> tuple[Labels, Verses]:
+    """The ids and labels of the English rows, in the published order, and their verses. The files are `eng_train.tsv`, as
+    published, or `eng_Latn_train.tsv`, in the folder or in `eng_Latn/`. Raises UserError where they are missing or wrong."""
     task = Taxi1500(labels)
     for file in ("eng_{split}.tsv", "eng_Latn_{split}.tsv", "eng_Latn/eng_{split}.tsv", "eng_Latn/eng_Latn_{split}.tsv"):
         task.file = file
         if (labels / task.path("eng_Latn", "train")).is_file():
-            return {split: task.rows("eng_Latn", split) for split in SPLITS}
+            rows = {split: task.rows("eng_Latn", split) for split in SPLITS}
+            ids = {split: [(row.id, row.label) for row in rows[split]] for split in SPLITS}
+            return ids, {row.id: row.text for split in SPLITS for row in rows[split]}
     raise UserError(f"{labels}: no English labels, expected eng_{{train,dev,test}}.tsv or eng_Latn_{{train,dev,test}}.tsv; "
                     "`python -m mala.tasks download taxi1500 --langs eng_Latn` fetches them")  # fmt: skip
-
-
-def _ids(rows: dict[str, list[Row]]) -> dict[str, list[tuple[str, str]]]:
-    return {split: [(row.id, row.label) for row in rows[split]] for split in SPLITS}
-
-
-def _nothing(out: Path, left_out: dict[str, str]) -> UserError:
-    reasons = "; ".join(f"{name}: {why}" for name, why in sorted(left_out.items())[:5]) or "the source holds none"
-    return UserError(f"{out}: no language could be written ({reasons}); try other languages or files")
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m mala.tasks", description="Get the benchmarks SIB-200 and Taxi1500.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("download", help="fetch a benchmark", description="Fetch a benchmark.")
-    command.add_argument(
-        "bench", choices=list(DOWNLOADS), help="taxi1500 takes 786 MB: it is joined from the Bibles that are free"
-    )
+    command = commands.add_parser("download", help="fetch a benchmark")
+    command.add_argument("bench", choices=["sib200", "taxi1500"], help="taxi1500 takes 786 MB, the Bibles that are free")
     command.add_argument("--langs", type=words(), default=[], metavar="A,B,…", help="these languages only, such as swh_Latn")
     command.add_argument("--out", type=Path, help="the folder to write to [data/<benchmark>]")
 
-    help = "make Taxi1500 for the languages of Bible editions that you have"
-    command = commands.add_parser("build-taxi1500", help=help, description=help[0].upper() + help[1:] + ".")
+    command = commands.add_parser("build-taxi1500", help="make Taxi1500 for the languages of Bible editions that you have")
     command.add_argument("--labels", type=Path, required=True, help="a folder with the English eng_{train,dev,test}.tsv")
     command.add_argument("--verses", type=Path, required=True, nargs="+", metavar="FILE",
                          help="lines `id, tab, verse` as in the Parallel Bible Corpus; named for its language")  # fmt: skip
@@ -286,9 +253,11 @@ def main() -> None:
     if args.command == "build-taxi1500":
         written, left_out = build_taxi1500(args.labels, args.verses, out, args.min_verses)
     else:
-        written, left_out = DOWNLOADS[args.bench](out, args.langs)
+        written, left_out = {"sib200": download_sib200, "taxi1500": download_taxi1500}[args.bench](out, args.langs)
     for name, why in sorted(left_out.items()):
         print(f"left out {name}: {why}")
+    if not written:
+        raise UserError(f"{out}: no language could be written; try other languages or files")
     print(f"{out}: wrote {len(written):,} languages: {', '.join(written)}")
     print(f"evaluate: python evaluate.py --bench {args.bench}" + ("" if out == usual else f" --data {out}"))
 

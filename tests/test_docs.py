@@ -1,0 +1,105 @@
+"""The documents: their blocks run and print what they say, their commands are understood, and what they name is there."""
+
+import ast
+import doctest
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+import evaluate
+import train
+from mala import cli, generate, lora, tasks, vocab
+from mala.cli import ArgumentParser
+
+DOCUMENTS = {str(file.relative_to(ROOT)): file for file in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(name: str) -> list[tuple[str, str]]:
+    """(language, text) of each fenced block."""
+    return [block[1:] for block in BLOCK.findall(DOCUMENTS[name].read_text(encoding="utf-8"))]
+
+
+def test_the_walkthrough_runs_and_prints_what_it_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names, told = {}, []
+    runner = doctest.DocTestRunner(verbose=False)
+    for number, (language, text) in enumerate(blocks("docs/walkthrough.md"), 1):
+        assert language == "pycon", f"block {number} is {language!r}: nothing would run it"
+        block = doctest.DocTestParser().get_doctest(text, names, f"block {number}", "docs/walkthrough.md", 0)
+        runner.run(block, out=told.append, clear_globs=False)
+        names = block.globs
+    assert runner.summarize(verbose=False).failed == 0, "".join(told)
+    assert runner.tries > 100
+
+
+def commands() -> list[tuple[str, str]]:
+    """(document, command) for each of this project's commands in a shell block, its lines put together."""
+    found = []
+    for name in DOCUMENTS:
+        for language, text in blocks(name):
+            if language == "sh":
+                lines = text.replace("\\\n", " ").replace(" && ", "\n").splitlines()
+                found += [(name, line) for line in lines if re.search(r"(?<![/\w])(train|evaluate)\.py|-m mala\.", line)]
+    return found
+
+
+class Understood(Exception):
+    pass
+
+
+@pytest.mark.parametrize("document, command", commands())
+def test_every_command_is_understood(document, command, monkeypatch):
+    """The flags of the scripts are parsed, and checked as far as that takes no files; nothing runs."""
+    words = shlex.split(command, comments=True)
+    monkeypatch.chdir(ROOT)
+    if "train.py" in words or "evaluate.py" in words:
+        script = train if "train.py" in words else evaluate
+        argv = words[words.index(script.__name__ + ".py") + 1 :]
+        for flag in ("--model", "--adapter", "--data", "--out"):
+            assert argv.count(flag) <= 1
+        cli.parse(script.Settings, "", argv)
+        return
+    module = words[words.index("-m") + 1]
+    argv = words[words.index("-m") + 2 :]
+    if module == "mala.generate":
+        cli.parse(generate.Settings, "", argv)
+        return
+    parse_args = ArgumentParser.parse_args
+
+    def parsed(self, *args, **kwargs):
+        parse_args(self, *args, **kwargs)
+        raise Understood
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr(sys, "argv", [module, *argv])
+    with pytest.raises(Understood):
+        {"mala.vocab": vocab, "mala.lora": lora, "mala.tasks": tasks}[module].main()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_what_a_document_names_is_there(name):
+    text = DOCUMENTS[name].read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:mala|tests|benchmarks|configs|scripts|docs|assets)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / file).exists(), f"{name}: there is no {file}"
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", BLOCK.sub("", text)):
+        assert "://" in link or (DOCUMENTS[name].parent / link).exists(), f"{name}: there is no {link}"
+    # `name` in `file.py`, `name` (`file.py`), or several names before the "in".
+    for names, file in re.findall(r"((?:`[\w.]+`(?:, | and )?)+) ?(?:in |\()`((?:mala/)?\w+\.py)`", text):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        nodes = [
+            node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign)
+        ]
+        defined = {node.name for node in nodes if hasattr(node, "name")}
+        targets = [
+            target
+            for node in nodes
+            if not hasattr(node, "name")
+            for target in getattr(node, "targets", [getattr(node, "target", None)])
+        ]
+        defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+        for one in re.findall(r"`([\w.]+)`", names):
+            assert one.split(".")[-1] in defined, f"{name}: there is no {one} in {file}"
