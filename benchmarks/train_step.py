@@ -1,4 +1,4 @@
-"""A training step of MaLA's recipe, LoRA with whole embeddings and head, beside transformers + PEFT: tokens/s, memory, MFU.
+"""A training step of MaLA's recipe, LoRA with whole embeddings and head, beside its peers: tokens/s, memory, MFU.
 
     python benchmarks/train_step.py [--shape small|llama2-7b] [--steps 4] [--rounds 2] [--out train_step.json]
 
@@ -6,10 +6,13 @@ Each trainer loads the same checkpoint and the same adapter and sees the same ra
 AdamW; dropout 0, so that the losses must agree). In each round one after the other has the machine for itself, in a process of
 its own, for a first step that is not counted and then --steps more; the time is the median over all rounds. Peak memory is the
 process's resident memory, on a GPU PyTorch's. `llama2-7b` is MaLA-500's own step, 260,164 rows and one sequence of 4,096 tokens
-with activation checkpointing: it takes a GPU of 80 GB. There the peer's loss is Liger-Kernel's where that is installed.
+with activation checkpointing: it takes a GPU of 80 GB. There the loss of transformers is Liger-Kernel's, where it is installed.
+litgpt is measured on a CPU, in float32, where it is installed; it has no way to train embeddings and head whole, so this is
+done by hand.
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import statistics
@@ -93,6 +96,48 @@ def their_trainer(folder: Path, dtype: torch.dtype, checkpointing: bool):
     return lambda tokens: model(input_ids=tokens, labels=tokens).loss, trained
 
 
+def litgpt_trainer(folder: Path, dtype: torch.dtype, checkpointing: bool):
+    """As `litgpt finetune_lora`: the head in chunks of 128 positions, then `chunked_cross_entropy`."""
+    from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
+    from litgpt.utils import chunked_cross_entropy
+
+    ours = Llama.from_pretrained(folder / "base", dtype, DEVICE)
+    load_adapter(ours, folder / "adapter")
+    config = ours.config
+    sizes = dict(n_layer=config.num_hidden_layers, n_head=config.num_attention_heads, n_embd=config.hidden_size)
+    sizes |= dict(intermediate_size=config.intermediate_size, padded_vocab_size=V, block_size=config.max_position_embeddings)
+    llama = dict(rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
+                 norm_eps=config.rms_norm_eps, mlp_class_name="LLaMAMLP")  # fmt: skip
+    lora = dict(lora_r=8, lora_alpha=32, lora_dropout=0.0, lora_query=True, lora_value=True)
+    model = GPT(Config(name="llama", vocab_size=V, **sizes, **llama, **lora))
+    weights = {"lm_head.linear.weight": ours.lm_head.weight, "transformer.wte.weight": ours.model["embed_tokens"].weight,
+               "transformer.ln_f.weight": ours.model["norm"].weight}  # fmt: skip
+    for i, block in enumerate(ours.model["layers"]):
+        q, k, v = block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj
+        of_block = {"norm_1": block.input_layernorm, "norm_2": block.post_attention_layernorm,
+                    "attn.proj.linear": block.self_attn.o_proj, "mlp.fc_1.linear": block.mlp.gate_proj,
+                    "mlp.fc_2.linear": block.mlp.up_proj, "mlp.proj.linear": block.mlp.down_proj}  # fmt: skip
+        weights |= {f"transformer.h.{i}.{name}.weight": module.weight for name, module in of_block.items()}
+        qkv = f"transformer.h.{i}.attn.qkv"
+        weights[f"{qkv}.linear.weight"] = torch.cat([q.weight, k.weight, v.weight])
+        weights |= {f"{qkv}.lora_{x}": torch.cat([getattr(q, f"lora_{x}"), getattr(v, f"lora_{x}")]) for x in "AB"}
+    model.load_state_dict(weights)
+    del ours, weights
+    mark_only_lora_as_trainable(model)
+    for module in (model.transformer.wte, model.lm_head.linear):
+        module.weight.requires_grad_(True)
+
+    def loss_of(tokens):
+        logits = model(tokens, lm_head_chunk_size=128)
+        logits[-1] = logits[-1][..., :-1, :]
+        return chunked_cross_entropy(logits, tokens[..., 1:])
+
+    return loss_of, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+TRAINERS = {"transformers + PEFT": their_trainer, "litgpt": litgpt_trainer, "ours": our_trainer}
+
+
 def peak_memory() -> int:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -102,8 +147,7 @@ def peak_memory() -> int:
 def work(trainer: str, dtype: str, folder: Path, shape: str, steps: int) -> None:
     """A line on stdout for every step: its time, its loss, the peak memory so far."""
     _, B, T = SHAPES[shape]
-    make = {"ours": our_trainer, "transformers + PEFT": their_trainer}[trainer]
-    loss_of, trained = make(folder, getattr(torch, dtype), checkpointing=shape != "small")
+    loss_of, trained = TRAINERS[trainer](folder, getattr(torch, dtype), checkpointing=shape != "small")
     optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.1, fused=True)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps + 1):
@@ -133,7 +177,9 @@ def main() -> None:
 
     config, B, T = SHAPES[args.shape]
     dtypes = ["float32", "bfloat16"] if DEVICE == "cpu" else ["bfloat16"]
-    trainers = [(trainer, dtype) for dtype in dtypes for trainer in ("transformers + PEFT", "ours")]
+    has_litgpt = DEVICE == "cpu" and importlib.util.find_spec("litgpt") is not None
+    trainers = [(trainer, dtype) for dtype in dtypes for trainer in TRAINERS
+                if trainer != "litgpt" or has_litgpt and dtype == "float32"]  # fmt: skip
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}, PyTorch {torch.__version__}: {args.shape}, D {config.hidden_size:,}, {config.num_hidden_layers} layers, "
           f"V {V:,}, {B} x {T} tokens")  # fmt: skip

@@ -78,8 +78,9 @@ class Corpus:
         bar = tqdm(self.languages, desc=f"{doing} {split}", unit="language", leave=False, disable=None)
         found = {language: taken for language in bar if len(taken := take(self.documents(language, split)))}
         if not found:
-            raise UserError(f"{self.root}: the corpus is empty: no language has a document in its {split} split "
-                            f"(held-out share {self.held_out})")  # fmt: skip
+            raise UserError(f"{self.root}: the corpus is empty: no language has a document in its {split} split; expected a "
+                            f"file named {split}, or, where none is named for a split, enough documents for a held-out share "
+                            f"of {self.held_out}")  # fmt: skip
         return found
 
 

@@ -1,10 +1,10 @@
-"""The loss of a language model from hidden states and the head's weight, without ever holding the logits.
+"""The loss of a language model from hidden states and the head's weight, without N x V memory.
 
 With MaLA-500's 260,164 words the logits of 4,096 tokens take 4.3 GB in float32, and training keeps several copies. Here they
 are made for some rows at a time, turned into the gradient that they would receive, and that into the gradients of the hidden
 states and of the weight; then they are overwritten by those of the next rows. So the gradient is formed in the forward pass,
-and only one chunk is ever held. With p = softmax(h Wᵀ) and e one at the target, the gradient of a row's loss, -log p_target,
-is p - e.
+and of the logits only one chunk is ever held, CHUNK_BYTES at most, however large N is. With p = softmax(h Wᵀ) and e one at
+the target, the gradient of a row's loss, -log p_target, is p - e.
 
 Three implementations of one mathematics:
 

@@ -8,8 +8,9 @@ where the vocabulary takes it. `index.json` says which came from what, so that o
         {"source": "swh_Latn.txt", "digest": SHA-256, "bytes": [0, null], "file": "swh_Latn.0.0.bin", "documents": 5,
          "tokens": 130}, ...]}}
 
-Packing is MaLA-500's: everything of a language in a row, cut into blocks of `seq_len`, within which attention reaches back
-over the borders of documents, too. How often a language is drawn is decided when training begins, from the index.
+Packing is MaLA-500's, but that nothing is cut away: everything of a language in a row, cut into blocks of `seq_len`, the last
+one filled up from the beginning; attention reaches back over the borders of documents, too. How often a language is drawn is
+decided when training begins, from the index.
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ class Batches:
 
     A row of a batch is a block of one language: the language is drawn by `language_shares`, as MaLA-500 sampled Glot500-c,
     and a language's blocks come in a new random order each time all of them have been seen. A last, incomplete block is
-    filled up from the language's beginning, so that every token of every document is trained on.
+    filled up from the language's beginning, so that no token is cut away; how many of its blocks are seen, its share decides.
     """
 
     def __init__(self, streams: dict[str, Stream], seq_len: int, batch_size: int, steps: int, alpha: float, seed: int):

@@ -104,7 +104,8 @@ def start(device: str, shards: bool = True) -> Iterator[World]:
 
 
 def shard(model: nn.Module, world: World) -> None:
-    """Shard a Llama with FSDP2: a process keeps 1/size of every parameter, of its gradient and of its optimizer's state.
+    """Shard a Llama with FSDP2: a process keeps 1/size of every parameter, of its optimizer's state and of its gradient (which
+    is whole until the last micro-batch of a step, see `sync_gradients`).
 
     Block by block, frozen and trained parameters together. embed_tokens is gathered for the lookup and let go; the head
     belongs to the root, since `Llama.forward` reads its weight, and so do the embeddings where the two are one matrix.
