@@ -145,8 +145,7 @@ def test_errors_in_one_sentence(server, tmp_path):
 
 
 def dribble(handler):
-    """Byte after byte, until the client hangs up."""
-    for i in range(100_000, 102_000):
+    for i in range(100_000, 102_000):  # byte after byte, until the client hangs up
         handler.wfile.write(BODY[i : i + 1])
         time.sleep(0.01)
 
