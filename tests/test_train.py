@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -11,10 +12,8 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-import peft
 import pytest
 import torch
-import transformers
 from conftest import ROOT
 
 from mala.cli import parse
@@ -88,9 +87,11 @@ def test_what_it_leaves_loads_in_transformers_and_peft(demo):
     tokenizer = Tokenizer.from_pretrained(out / "adapter")
     assert tokenizer.model == Tokenizer.from_pretrained(out / "base").model
     tokens = torch.tensor([tokenizer.encode("Maji safi hukikinga kijiji.", bos=True)])
-    reference = transformers.LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(block.replace("out/mine", str(out)), names)  # README's way to load it in PEFT
+    reference = names["model"]
     assert reference.config.vocab_size == len(tokenizer)
-    reference = peft.PeftModel.from_pretrained(reference, out / "adapter")
     model = Llama.from_pretrained(out / "base", dtype=torch.float32)
     load_adapter(model, out / "adapter")
     assert (model.eval()(tokens) - reference(tokens).logits).abs().max() < 1e-4
