@@ -152,7 +152,10 @@ def fill(tensor: torch.Tensor, values: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """While the block runs SIGTERM and SIGINT are only noted, in the list that is yielded; a second SIGINT interrupts."""
+    """While the block runs SIGTERM and SIGINT are only noted, in the list that is yielded; a second SIGINT interrupts.
+
+    After an error it stays so: torchrun sends SIGTERM when another process has ended, and ours shall still say what it saw.
+    """
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -161,8 +164,6 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    yield received
+    for number, handler in before.items():
+        signal.signal(number, handler)

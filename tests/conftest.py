@@ -1,9 +1,11 @@
 """What the tests share."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the oracles must not look for anything outside
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -13,6 +15,17 @@ from mala.model import LlamaConfig  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the real data lie beside the project, not in it")
+
+
+@contextlib.contextmanager
+def one_thread():
+    """As torchrun gives each of its processes: the order of the sums in a matrix product depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def tiny_config(**changes) -> LlamaConfig:

@@ -9,8 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, one_thread
 from safetensors.torch import load_file
+from test_train import succeed as succeed_here
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 SETTINGS = ["--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "500", "--seq-len", "32", "--batch-size", "8", "--warmup-steps",
@@ -19,13 +20,15 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def train(out, processes, *more):
-    start = [sys.executable] if processes == 1 else [*TORCHRUN, str(processes)]
-    command = [*start, ROOT / "train.py", *SETTINGS, "--out", out, *map(str, more)]
+    command = [*TORCHRUN, str(processes), ROOT / "train.py", *SETTINGS, "--out", out, *map(str, more)]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
 
 
-def succeed(*args):
-    done = train(*args)
+def succeed(out, processes, *more):
+    if processes == 1:
+        with one_thread():
+            return succeed_here("train.py", *SETTINGS, "--out", out, *more)
+    done = train(out, processes, *more)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -77,12 +80,12 @@ def test_a_sharded_model_computes_what_the_whole_one_does():
 
 def start_and_signal(out, number, to_torchrun=False):
     """Send one of two processes, or torchrun, a signal in the midst of training: status and output of the whole job."""
-    command = [*TORCHRUN, "2", ROOT / "train.py", *SETTINGS, "--steps", "100000", "--save-every", "10", "--out", out]
+    command = [*TORCHRUN, "2", ROOT / "train.py", *SETTINGS, "--steps", "100000", "--save-every", "4", "--out", out]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
                            start_new_session=True)  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        while not (out / "checkpoints/step-20").is_dir() and time.monotonic() < deadline:
+        while not (out / "checkpoints/step-8").is_dir() and time.monotonic() < deadline:
             time.sleep(0.05)
         found = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
         assert len(found) == 2, found

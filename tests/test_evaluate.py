@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import torch
 import transformers
-from conftest import ROOT, SHARED, tiny_config
+from conftest import ROOT, SHARED, one_thread, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import succeed
@@ -216,18 +216,10 @@ run(evaluate.main)
 """
 
 
-@pytest.fixture
-def one_thread():
-    """As torchrun gives each of its processes: the order of the sums in a matrix product depends on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_two_processes_give_the_same_bytes(tmp_path, one_thread):
+def test_two_processes_give_the_same_bytes(tmp_path):
     args = ["--bench", "taxi1500", "--langs", "swh_Latn,amh_Ethi,eng_Latn", "--limit", "4", "--seeds", "1,2"]
-    succeed("evaluate.py", *args, "--out", tmp_path / "one")
+    with one_thread():
+        succeed("evaluate.py", *args, "--out", tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "evaluate.py", *args, "--out", str(tmp_path / "two")]
     started = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -168,6 +168,7 @@ def test_accumulation_and_recomputation_change_no_loss(tmp_path):
         succeed("train.py", *SHORT, "--lora-dropout", "0", *more, "--out", tmp_path / str(i))
         losses.append([json.loads(line)["loss"] for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
+    assert len(compiled) == 4  # once, every block
 
 
 def test_continued_vocabulary_and_without_extension_in_bfloat16_by_epochs(tmp_path):
@@ -320,12 +321,18 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     assert "lower --lr" in message and "swh_Latn" in message and not (tmp_path / "out/adapter").exists()
 
 
-def test_compiled_blocks_have_the_losses_of_eager_ones(tmp_path):
+def test_compiled_blocks_have_the_losses_of_eager_ones(tmp_path, monkeypatch):
+    """Captured and differentiated by torch.compile, but run as it is: to write and compile C++ for it takes 15 seconds."""
+    compile_block, compiled = torch.nn.Module.compile, []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda block: compiled.append(block) or compile_block(block, backend="aot_eager")
+    )
     losses = []
     for compile in ("on", "off"):
         succeed("train.py", *SHORT, "--lora-dropout", "0", "--compile", compile, "--out", tmp_path / compile)
         losses.append([json.loads(line)["loss"] for line in (tmp_path / compile / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
+    assert len(compiled) == 4  # once, every block
 
 
 def test_the_recipes_are_recipes_and_the_demo_s_is_the_default():

@@ -90,9 +90,9 @@ def test_a_merged_tokenizer_round_trips_on_all_real_text_and_old_text_keeps_its_
     official = Tokenizer.from_pretrained(SHARED / "llama2")
     words = count_words(sample(Corpus(SHARED / "udhr").stream("train"), 0.3, 0))
     if method == "union":
-        merged = Tokenizer(merge(official, Tokenizer(train_pieces(words, 16_000))))
+        merged = Tokenizer(merge(official, Tokenizer(train_pieces(words, 8_000))))
     else:
-        merged = Tokenizer(continue_merges(official, words, 8_000))
+        merged = Tokenizer(continue_merges(official, words, 4_000))
     added = set(merged.pieces[len(official) :])
 
     def is_old(text: str, ids: list[int]) -> bool:
