@@ -168,7 +168,6 @@ def test_accumulation_and_recomputation_change_no_loss(tmp_path):
         succeed("train.py", *SHORT, "--lora-dropout", "0", *more, "--out", tmp_path / str(i))
         losses.append([json.loads(line)["loss"] for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
-    assert len(compiled) == 4  # once, every block
 
 
 def test_continued_vocabulary_and_without_extension_in_bfloat16_by_epochs(tmp_path):
