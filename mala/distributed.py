@@ -95,6 +95,7 @@ def start(device: str, shards: bool = True) -> Iterator[World]:
     except RuntimeError as error:
         if "gloo" not in str(error).lower() and "nccl" not in str(error).lower():
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; what is said here must come before the end
         raise UserError("lost the other processes: one of them has ended, its own error is the cause; the same command goes on "
                         f"from what was saved ({str(error).splitlines()[0][:300]})") from None  # fmt: skip
     # Not after an error: the others may be waiting in a collective, and torchrun ends them.
@@ -152,10 +153,7 @@ def fill(tensor: torch.Tensor, values: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """While the block runs SIGTERM and SIGINT are only noted, in the list that is yielded; a second SIGINT interrupts.
-
-    After an error it stays so: torchrun sends SIGTERM when another process has ended, and ours shall still say what it saw.
-    """
+    """While the block runs SIGTERM and SIGINT are only noted, in the list that is yielded; a second SIGINT interrupts."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -164,6 +162,8 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield received
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
