@@ -86,7 +86,7 @@ class Settings(ModelSettings):
             raise UserError(f"seeds are {', '.join(map(str, self.seeds))}, expected numbers from 0 on")
         if self.compare and len(self.compare) != 2:
             raise UserError(f"--compare is given {len(self.compare)} files, expected two results.json")
-        elif not self.compare:
+        if not self.compare:  # which writes only where it is told to
             self.out = self.out or f"out/{self.bench}"
         if self.out:
             check_folder(self.out)

@@ -146,7 +146,7 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
 
 def main() -> None:
     settings = parse(Settings, __doc__.split("\n\n")[0])
-    settings.model = str(find(settings.model))
+    settings.model = str(find(settings.model, with_weights=not settings.dry_run))
     if settings.dry_run:
         return plan.dry_run(settings)
     device, dtype = choose_device(settings.device, settings.dtype)

@@ -24,6 +24,7 @@ from mala.checkpoint import atomic_directory
 from mala.cli import UserError
 
 SPLITS = ("train", "dev", "test")
+MIN_VERSES = 900  # labelled ones, for a language to be written: as published
 Labels = Mapping[str, list[tuple[str, str]]]  # split -> (verse id, label) of each English row, in order
 Lines = Iterator[tuple[int, str]]  # (number from 1, line without its end)
 Verses = dict[str, str]  # id -> text

@@ -74,9 +74,8 @@ def start(device: str, shards: bool = True) -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
-    if (
-        shards and TorchVersion(torch.__version__) < "2.8"
-    ):  # before, FSDP2 took frozen bfloat16 and trained float32 for a mistake
+    # Before 2.8 FSDP2 took frozen bfloat16 beside trained float32 for a mistake.
+    if shards and TorchVersion(torch.__version__) < "2.8":
         raise UserError(f"PyTorch {torch.__version__} cannot shard a model of two dtypes; several processes take 2.8 or newer")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device == "cuda":

@@ -18,11 +18,13 @@ DEMO_RUN = Path("out/demo")  # what `python train.py` leaves
 TINY_LLAMA = Path(__file__).resolve().parent.parent / "assets/tiny-llama"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What a model or an adapter is read from. The only pickles are adapters of PEFT's first versions, loaded as tensors alone.
-FILES = ["*.json", "model*.safetensors", "adapter_model.safetensors", "adapter_model.bin", "tokenizer.model"]
+WEIGHTS = ["model*.safetensors", "adapter_model.safetensors", "adapter_model.bin"]
+OTHERS = ["*.json", "tokenizer.model"]
 
 
-def find(name: str) -> Path:
+def find(name: str, with_weights: bool = True) -> Path:
     """The folder `name`; where there is none and it reads like `org/name`, the hub's repository, downloaded or from its cache.
+    with_weights: without them there is enough for a plan.
 
     Raises UserError where it is neither, where the package huggingface_hub is missing, and where the hub has or gives nothing.
     """
@@ -34,7 +36,7 @@ def find(name: str) -> Path:
         raise UserError(f"{name}: there is no such folder; to take it from the Hugging Face hub: pip install huggingface_hub"
                         ) from None  # fmt: skip
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=OTHERS + (WEIGHTS if with_weights else [])))
     except Exception as error:  # of many kinds: no such repository, a gated one, no network and nothing in the cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: there is no such folder, and the Hugging Face hub does not give it ({reason[:200]}); check "

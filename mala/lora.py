@@ -388,9 +388,9 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m mala.lora", description="LoRA adapters in PEFT's format.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("merge", help="write a plain checkpoint, with the adapter merged into its base")
-    for flag, help in (("--model", "the base checkpoint's folder"), ("--adapter", "the adapter's folder"),
-                       ("--out", "the checkpoint folder to write")):  # fmt: skip
-        command.add_argument(flag, type=Path, required=True, help=help)
+    command.add_argument("--model", type=Path, required=True, help="the base checkpoint's folder")
+    command.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
+    command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     args = parser.parse_args()
     merge_checkpoint(args.model, args.adapter, args.out)
     print(f"{args.out}: {args.model} + {args.adapter}, merged")

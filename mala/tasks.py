@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mala.bible import SPLITS, Labels, Verses, join, read_archive, write_languages
+from mala.bible import MIN_VERSES, SPLITS, Labels, Verses, join, read_archive, write_languages
 from mala.cli import ArgumentParser, UserError, run, words
 from mala.corpus import LANGUAGE, check_languages, read_lines, read_tsv
 from mala.fetch import File, download_all, list_files
@@ -193,14 +193,14 @@ def download_taxi1500(out: Path, languages: Collection[str] = (), github: str = 
     chosen = check_languages(archive, sorted(found), tuple(languages))
     codes = tuple(language[:3] for language in chosen)
     left_out = {name: why for name, why in left_out.items() if not languages or name.startswith(codes)}
-    written, too_small = write_languages(labels, {language: found[language] for language in chosen}, out, 900)
+    written, too_small = write_languages(labels, {language: found[language] for language in chosen}, out, MIN_VERSES)
     if written and takes_editions:
         archive.unlink()
         print(f"{archive}: deleted, as all of it is read; for further languages it is downloaded again")
     return written, left_out | too_small
 
 
-def build_taxi1500(labels: Path, verses: Iterable[Path], out: Path, min_verses: int = 900) -> Outcome:
+def build_taxi1500(labels: Path, verses: Iterable[Path], out: Path, min_verses: int = MIN_VERSES) -> Outcome:
     """Taxi1500 for the languages of Bible editions: `verses`, files that `mala.bible.read_edition` and `language_of` describe.
 
     labels: a folder that `read_labels` describes. A language with fewer than `min_verses` labelled verses is left out. Raises
@@ -243,8 +243,8 @@ def main() -> None:
     command.add_argument("--verses", type=Path, required=True, nargs="+", metavar="FILE",
                          help="lines `id, tab, verse` as in the Parallel Bible Corpus; named for its language")  # fmt: skip
     command.add_argument("--out", type=Path, help="the folder to write to [data/taxi1500]")
-    command.add_argument("--min-verses", type=int, default=900, metavar="N",
-                         help="a language with fewer labelled verses is left out [900, as published]")  # fmt: skip
+    command.add_argument("--min-verses", type=int, default=MIN_VERSES, metavar="N",
+                         help=f"a language with fewer labelled verses is left out [{MIN_VERSES}, as published]")  # fmt: skip
     command.set_defaults(bench="taxi1500")
 
     args = parser.parse_args()

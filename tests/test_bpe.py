@@ -57,7 +57,7 @@ texts = st.lists(st.text(alphabet="abcdeéጤና ", min_size=1, max_size=12), mi
 
 
 @given(texts=texts, size=st.integers(1, 30))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=100)
 def test_pieces_are_those_of_the_slow_learner_and_all_can_occur(texts, size):
     words = Counter("▁" + word for text in texts for word in text.split(" ") if word)
     symbols = {word: merge_symbols(list(word), KNOWN) for word in words}

@@ -90,16 +90,10 @@ def test_what_a_document_names_is_there(name):
     # `name` in `file.py`, `name` (`file.py`), or several names before the "in".
     for names, file in re.findall(r"((?:`[\w.]+`(?:, | and )?)+) ?(?:in |\()`((?:mala/)?\w+\.py)`", text):
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        nodes = [
-            node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign)
-        ]
-        defined = {node.name for node in nodes if hasattr(node, "name")}
-        targets = [
-            target
-            for node in nodes
-            if not hasattr(node, "name")
-            for target in getattr(node, "targets", [getattr(node, "target", None)])
-        ]
-        defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for statement in tree.body:  # of the module's variables only, not those of its functions
+            if isinstance(statement, ast.Assign | ast.AnnAssign):
+                named = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+                defined |= {node.id for node in named if isinstance(node.ctx, ast.Store)}
         for one in re.findall(r"`([\w.]+)`", names):
             assert one.split(".")[-1] in defined, f"{name}: there is no {one} in {file}"
