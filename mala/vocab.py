@@ -1,54 +1,45 @@
-"""Extend a LLaMA vocabulary with the words of new languages: learn pieces, merge them in, give each a row to start from.
+"""Extend a LLaMA vocabulary to new languages: learn pieces, merge them in, give each a row to start from.
 
     python -m mala.vocab train  --data CORPUS --size 250000 --out new.model
-    python -m mala.vocab merge  --base tokenizer.model --new new.model --out merged.model
-    python -m mala.vocab merge  --method continue --base tokenizer.model --data CORPUS --size 16000 --out merged.model
-    python -m mala.vocab report --base tokenizer.model --new merged.model --data CORPUS
+    python -m mala.vocab merge  --base BASE --new new.model --out merged.model
+    python -m mala.vocab merge  --base BASE --method continue --data CORPUS --size 16000 --out merged.model
+    python -m mala.vocab report --base BASE --new merged.model --data CORPUS
     python -m mala.vocab extend --model BASE --tokenizer merged.model --out DIR
 
-This file holds the first two steps. What they bring is measured in mala/report.py, the rows of new pieces are in
-mala/extend.py, and how `continue` learns is in mala/bpe.py.
-
-A `tokenizer.model` is a serialized protobuf message `ModelProto { repeated SentencePiece pieces = 1; ... }` with
-`SentencePiece { string piece = 1; float score = 2; Type type = 3; }` (sentencepiece_model.proto). Two serialized messages
-put end to end are one message: repeated fields are joined, single ones take the later value. So a merge appends bytes.
+This file learns pieces and merges them in, each with its score; mala/words/ has the rest.
 """
 
-from __future__ import annotations
-
 import io
-import re
-import struct
 import sys
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from mala.bpe import learn_pieces
-from mala.checkpoint import atomic_file, write_json
-from mala.cli import ArgumentParser, UserError, choose_device, run
-from mala.corpus import Corpus, language_shares
-from mala.extend import INITS, extend_checkpoint
-from mala.plots import draw_fertility
-from mala.report import compare, print_report
-from mala.tokenizer import WORD_START, Tokenizer
+from mala.cli import REQUIRED, UserError, check_ranges, choose_device, option, parse_command, run
+from mala.storage.corpus import Corpus, language_shares
+from mala.storage.files import atomic_file, write_json
+from mala.words.fertility import fertility_report, print_report
+from mala.words.further_merges import learn_pieces
+from mala.words.new_rows import INITS, extend_checkpoint
+from mala.words.tokenizer import WORD_START, Tokenizer, append_pieces
 
-MAX_WORDS = 10_000_000  # distinct words that are counted at a time: about 2 GB; to learn from so many takes several times that
+MAX_WORDS = 10_000_000  # distinct words counted at a time: about 2 GB; learning takes several times that
 MAX_LINE = 4192  # bytes; SentencePiece drops longer lines, unless it is told otherwise
+Texts = Mapping[str, Collection[str]]  # language -> its documents
 
 
-def sample(documents: Mapping[str, Collection[str]], alpha: float, seed: int, draws: int | None = None
-           ) -> Iterator[tuple[str, int]]:  # fmt: skip
+def sample(documents: Texts, alpha: float, seed: int, draws: int | None = None) -> Iterator[tuple[str, int]]:
     """(document, how often it is drawn) for each document that is drawn.
 
-    There are about `draws` draws, by default as many as documents, and a language's share of them is proportional to
-    n^alpha, n its number of documents. A language that falls short of its share is repeated, one beyond it is cut to a
-    random choice. However often a document is drawn it is read once, so a corpus may be larger than memory.
+    There are about `draws` draws, by default as many as documents, and a language's share of them is
+    proportional to n^alpha, n its number of documents. A language that falls short of its share is repeated,
+    one beyond it is cut to a random choice. Each document is read once, so a corpus may exceed the memory.
     """
     sizes = [len(texts) for texts in documents.values()]
     counts = np.ceil(language_shares(sizes, alpha) * (draws or sum(sizes))).astype(int).tolist()
@@ -66,12 +57,9 @@ def sample(documents: Mapping[str, Collection[str]], alpha: float, seed: int, dr
 
 
 def count_words(drawn: Iterable[tuple[str, int]], published: bool = False) -> Counter[str]:
-    """word -> how often it occurs in the documents (text, times drawn). Words stand between spaces; their counts are all
-    that BPE learns from.
-
-    `published`: words as SentencePiece normalises them by default (nmt_nfkc), of lines of at most 4,192 bytes; otherwise
-    as they stand, which is what LLaMA's tokenizer sees. Where there are more than MAX_WORDS, the rarer half is forgotten.
-    """
+    """word -> how often it occurs in the documents (text, times drawn): all that BPE learns from. A word is
+    what stands between spaces, as LLaMA's tokenizer sees it; if `published`, as SentencePiece does by
+    default: normalised (nmt_nfkc), of no longer line than MAX_LINE. Of too many the rarer half goes."""
     normalize = str
     if published:
         plain = {"add_dummy_prefix": False, "escape_whitespaces": False, "remove_extra_whitespaces": False}
@@ -81,7 +69,7 @@ def count_words(drawn: Iterable[tuple[str, int]], published: bool = False) -> Co
         for line in text.splitlines():  # SentencePiece learns from single lines
             if published and len(line.encode()) > MAX_LINE:
                 continue
-            # A tab ends the word in what SentencePiece is given below; ▅ it keeps to itself, and drops what holds it.
+            # A tab ends the word in train_pieces; ▅ SentencePiece keeps to itself, and drops what holds it.
             for word in normalize(line).replace("\t", " ").replace("▅", " ").split(" "):
                 words[word] += times
         if len(words) > MAX_WORDS:
@@ -93,239 +81,199 @@ def count_words(drawn: Iterable[tuple[str, int]], published: bool = False) -> Co
 def train_pieces(words: Counter[str], size: int, published: bool = False, standalone: bool = False) -> bytes:
     """Learn a SentencePiece BPE model of `size` pieces; returns the serialized ModelProto.
 
-    The settings are LLaMA 2's, so that the pieces match text as the base tokenizer normalises it (that is, not at all);
-    those of `published` are SentencePiece's defaults, as MaLA-500 had them. Pieces to be merged into a base cover every
-    character, and the base falls back to bytes; a tokenizer that stands alone spells rare ones in bytes, as LLaMA 2's does.
+    The settings are LLaMA 2's, so that the pieces match text as the base tokenizer normalises it (that is,
+    not at all); if `published`, SentencePiece's defaults, as MaLA-500 had them. Pieces to be merged into a
+    base cover every character; a `standalone` tokenizer spells rare ones in bytes, as LLaMA 2's does.
     """
-    settings = {} if published else {
-        "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True,
-        "split_digits": True, "character_coverage": 0.99995 if standalone else 1.0, "byte_fallback": standalone,
-        "max_sentence_length": 2**30,
-    }  # fmt: skip
     if not words:
         raise UserError(f"cannot learn {size} pieces from this corpus: it holds no words")
     if size < 4:
         raise UserError(f"cannot learn {size} pieces: <unk>, <s> and </s> are 3 of them; ask for more")
-    model = io.BytesIO()
+    settings = {"model_type": "bpe", "vocab_size": size, "input_format": "tsv", "minloglevel": 2}
+    if not published:
+        settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+        settings |= {"allow_whitespace_only_pieces": True, "split_digits": True, "max_sentence_length": 2**30}
+        settings |= {"character_coverage": 0.99995 if standalone else 1.0, "byte_fallback": standalone}
+    lines, model = (f"{word}\t{count}" for word, count in words.items()), io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(f"{word}\t{count}" for word, count in words.items()),
-            input_format="tsv",
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=size,
-            minloglevel=2,
-            **settings,
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = f"SentencePiece says: {str(error).strip()}"
-        if most := re.search(r"<= (\d+)", str(error)):
-            reason = f"it yields {most[1]}; ask for as many"
-        elif least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-            reason = f"its characters alone are {least[1]}; ask for more"
-        raise UserError(f"cannot learn {size} pieces from this corpus: {reason}") from None
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
+    except (RuntimeError, ValueError) as error:  # which says how many pieces the corpus yields, or needs
+        reason = " ".join(str(error).rpartition("] ")[2].split())
+        message = f"cannot learn {size} pieces from this corpus; SentencePiece says: {reason}"
+        raise UserError(message) from None
     return model.getvalue()
 
 
 def merge(base: Tokenizer, new: Tokenizer) -> bytes:
-    """The base's pieces, ids and scores unchanged; then each piece of `new` that the base lacks, with its score.
-
-    Control, unknown and byte pieces of `new` are left out: those of a LLaMA tokenizer stay the base's. This is MaLA-500's
-    procedure; it leaves pieces that no text produces, which `continue_merges` does not. Raises UserError where one of the
-    two is no BPE model: their scores say in which order to merge, a Unigram model's are log-probabilities.
-    """
-    for tokenizer in (base, new):
-        check_bpe(tokenizer)
+    """`merge --method union`: the base's model, then each piece of `new` that it lacks, with its score.
+    Control, unknown and byte pieces of `new` are left out: they stay the base's. This is MaLA-500's way, and
+    leaves pieces that no text produces. Raises UserError if one of the two is no BPE model."""
+    base.check_bpe()
+    new.check_bpe()
     known = set(base.pieces)
     return append_pieces(base, {piece: score for piece, score in new.scores().items() if piece not in known})
 
 
-def check_bpe(tokenizer: Tokenizer) -> None:
-    if tokenizer.model_type != "bpe":
-        raise UserError(f"{tokenizer.name}: a {tokenizer.model_type} model, expected a BPE model, which LLaMA's is")
-
-
-def append_pieces(base: Tokenizer, scores: dict[str, float]) -> bytes:
-    """The base's ModelProto with further pieces, in order, each of type NORMAL (the default, so not written)."""
-    model = bytearray(base.model)
-    for piece, score in scores.items():
-        text = piece.encode()
-        message = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", score)
-        model += b"\x0a" + _varint(len(message)) + message
-    return bytes(model)
-
-
-def _varint(value: int) -> bytes:
-    """Protobuf's base-128 integer: seven bits a byte, the lowest first, the top bit says that more follow."""
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*encoded, value])
-
-
 def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
-    """`merge --method continue`: `size` pieces learnt on top of the base's own merges (see mala/bpe.py).
-
-    Each is scored below every base piece and below the one before. Raises UserError where the base is no BPE model, and
-    where the text yields fewer pieces.
-    """
-    check_bpe(base)
+    """`merge --method continue`: the base's model, then `size` pieces learnt on top of its own merges. Each
+    is scored below every base piece and below the one before (see mala/words/further_merges.py). Raises
+    UserError if the base is no BPE model with bytes, and if the text yields fewer pieces."""
+    base.check_bpe()
     if len(base.byte_ids) < 256:
-        raise UserError(f"{base.name}: has no byte pieces, expected 256, in which LLaMA's tokenizer spells unknown characters")
+        raise UserError(f"{base.name}: has no byte pieces, expected 256, for characters that are no pieces")
     counts = {WORD_START + word: count for word, count in words.items()}
     known = base.scores()
     symbols = {word: _symbols(base, word, ids) for word, ids in zip(counts, base.segment(list(counts)))}
     pieces = learn_pieces(counts, symbols, known, size)
-    if len(pieces) < size:
-        raise UserError(f"cannot learn {size} pieces from this corpus: it yields {len(pieces)}; ask for as many")
+    if (found := len(pieces)) < size:
+        raise UserError(f"cannot learn {size} pieces from this corpus: it yields {found}; ask for as many")
     score, scores = np.float32(min(known.values())), {}
     for piece in pieces:
-        # Trap: LLaMA 2 scores its runs of spaces -1e9, and there float32 goes in steps of 64: -1e9 - 1 is -1e9.
+        # Trap: LLaMA 2 scores its runs of spaces -1e9, where float32 goes in steps of 64: -1e9 - 1 is -1e9.
         score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
         scores[piece] = float(score)
     return append_pieces(base, scores)
 
 
 def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
-    """The pieces of a word's segmentation, with a character that falls back to bytes as one symbol: to the merges it is one."""
-    symbols, at, left = [], 0, iter(ids)
-    for i in left:
-        if i in base.byte_ids:
-            symbols.append(word[at : at + 1])
-            for _ in symbols[-1].encode()[1:]:
-                next(left, None)
-        else:
-            symbols.append(base.pieces[i])
-        at += len(symbols[-1])
+    """The pieces of a word's segmentation; a character that falls back to bytes is one symbol."""
+    symbols = []
+    for in_bytes, group in groupby(ids, base.byte_ids.__contains__):
+        pieces = [base.pieces[i] for i in group]
+        if in_bytes:  # <0xE1> <0x8C> <0xA4> is one character
+            pieces = bytes.fromhex("".join(piece[3:5] for piece in pieces)).decode(errors="replace")
+        symbols += pieces
     if "".join(symbols) != word:
-        raise UserError(f"{base.name}: reads {word!r} as {''.join(symbols)!r}; continue takes a base that does not normalise")
+        found = f"reads {word!r} as {''.join(symbols)!r}"
+        raise UserError(f"{base.name}: {found}; continue takes a base that does not normalise")
     return symbols
 
 
-def check_numbers(args: Namespace) -> None:
-    for name, least, most in (("size", 1, 2**30), ("documents", 1, 2**40), ("seed", 0, 2**32 - 1), ("alpha", 0, 10)):
-        value = getattr(args, name, None)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--{name} is {value}, expected a number from {least:,} to {most:,}")
+RANGES = {"size": (1, 2**30), "documents": (1, 2**40), "seed": (0, 2**32 - 1), "alpha": (0, 10)}
 
 
-def read_words(args: Namespace) -> Counter[str]:
-    """The word counts of a command line's corpus: --data, --held-out, --alpha, --documents, --seed."""
-    documents = Corpus(args.data, held_out=args.held_out).stream("train")
-    drawn = sample(documents, args.alpha, args.seed, args.documents)
-    words = count_words(tqdm(drawn, desc="counting words", unit="document", leave=False, disable=None), args.published)
-    print(f"learning {args.size:,} pieces from {len(words):,} distinct words of {len(documents)} languages", file=sys.stderr)
-    return words
+@dataclass
+class Learning:
+    """What `train` and `merge --method continue` learn from."""
+
+    data: str = option(REQUIRED, "a corpus folder; its train split is read")
+    size: int = option(REQUIRED, "number of pieces to learn")
+    alpha: float = option(0.3, "languages are sampled by n^alpha")
+    documents: int | None = option(None, "how many documents to draw; default: as many as the corpus has")
+    held_out: float = option(0.2, "last share of each language, at most 1,000 documents, not read")
+    seed: int = option(0, "decides which documents are drawn")
+
+    def __post_init__(self) -> None:
+        check_ranges(self, RANGES)
+
+    def words(self, published: bool = False) -> Counter[str]:
+        """The words of the corpus, counted."""
+        documents = Corpus(self.data, held_out=self.held_out).stream("train")
+        drawn = sample(documents, self.alpha, self.seed, self.documents)
+        bar = tqdm(drawn, desc="counting words", unit="document", leave=False, disable=None)
+        words = count_words(bar, published)
+        found = f"{len(words):,} distinct words of {len(documents)} languages"
+        print(f"learning {self.size:,} pieces from {found}", file=sys.stderr)
+        return words
+
+
+@dataclass
+class Train(Learning):
+    """Learn a SentencePiece BPE model from a corpus."""
+
+    published: bool = option(False, "SentencePiece's defaults, as MaLA-500: NFKC, 99.95% of characters")
+    out: str = option(REQUIRED, "the model file to write")
+
+    def run(self) -> None:
+        with atomic_file(Path(self.out), "wb") as file:  # opened first: learning may take hours
+            file.write(train_pieces(self.words(self.published), self.size, self.published))
+        print(f"{self.out}: {len(Tokenizer.from_pretrained(self.out)):,} pieces")
+
+
+@dataclass
+class Merge(Learning):
+    """Add pieces to a base model: those of a new model (union), or further merges (continue)."""
+
+    base: str = option(REQUIRED, "tokenizer.model of the checkpoint, or its folder")
+    method: str = option("union", "the pieces of --new, or further merges", choices=("union", "continue"))
+    new: str | None = option(None, "union: the model whose pieces are added")
+    data: str | None = option(None, "continue: a corpus folder; its train split is read")
+    size: int | None = option(None, "continue: number of pieces to learn")
+    out: str = option(REQUIRED, "the model file to write")
+
+    def run(self) -> None:
+        base, is_union = Tokenizer.from_pretrained(self.base), self.method == "union"
+        base.check_bpe()
+        if is_union and (not self.new or self.data or self.size is not None):
+            raise UserError("--method union takes --new, and neither --data nor --size")
+        if not is_union and (not self.data or self.size is None or self.new):
+            raise UserError("--method continue takes --data and --size, and no --new")
+        with atomic_file(Path(self.out), "wb") as file:
+            if is_union:
+                file.write(merge(base, Tokenizer.from_pretrained(self.new)))
+            else:
+                file.write(continue_merges(base, self.words(), self.size))
+        print(f"{self.out}: {len(base):,} pieces -> {len(Tokenizer.from_pretrained(self.out)):,}")
+
+
+@dataclass
+class Report:
+    """Compare a tokenizer and its extension on a corpus, language by language."""
+
+    base: str = option(REQUIRED, "a tokenizer.model, or its folder")
+    new: str = option(REQUIRED, "the same, extended")
+    data: str = option(REQUIRED, "a corpus folder")
+    split: str = option("test", "what of it is measured", choices=("train", "dev", "test"))
+    held_out: float = option(1.0, "last share of each language, if there are no splits; 1: all of it")
+    json: str | None = option(None, "a file for all figures")
+    plot: str | None = option(None, "a picture of fertility before and after; takes matplotlib")
+
+    def run(self) -> None:
+        base, new = Tokenizer.from_pretrained(self.base), Tokenizer.from_pretrained(self.new)
+        report = fertility_report(base, new, Corpus(self.data, held_out=self.held_out).stream(self.split))
+        print_report(report)
+        if self.json:
+            write_json(Path(self.json), report)
+        if self.plot:
+            from tools.pictures import draw_fertility  # beside the package: what a reader of it never needs
+
+            draw_fertility(report, Path(self.plot))
+
+
+@dataclass
+class Extend:
+    """Resize a checkpoint to a merged vocabulary."""
+
+    model: str = option(REQUIRED, "the checkpoint folder")
+    tokenizer: str = option(REQUIRED, "the merged model file")
+    out: str = option(REQUIRED, "the checkpoint folder to write")
+    init: str = option("subtokens", "how new rows start, see docs/vocabulary.md", choices=tuple(INITS))
+    seed: int = option(0, "of the random initialisations")
+    data: str | None = option(None, "calibrated: a corpus folder; its train split is read")
+    held_out: float = option(0.2, "calibrated: last share of each language that is not read")
+    device: str = option("auto", "calibrated: where to compute", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        if bool(INITS[self.init].fit) != bool(self.data):
+            fitted = ", ".join(name for name, init in INITS.items() if init.fit)
+            raise UserError(f"--init {fitted}, and only that, takes --data")
+        check_ranges(self, {"seed": RANGES["seed"]})
+
+    def run(self) -> None:
+        merged, drawn = Tokenizer.from_pretrained(self.tokenizer), ()
+        if self.data:
+            documents = Corpus(self.data, held_out=self.held_out).stream("train")
+            drawn = sample(documents, alpha=0.3, seed=self.seed)
+        where = choose_device(self.device, "auto")
+        extend_checkpoint(Path(self.model), merged, Path(self.out), self.init, self.seed, drawn, *where)
+        print(f"{self.out}: {len(Tokenizer.from_pretrained(self.model)):,} rows -> {len(merged):,}")
+
+
+COMMANDS = {"train": Train, "merge": Merge, "report": Report, "extend": Extend}
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m mala.vocab", description="Extend a LLaMA vocabulary.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def add_command(name: str, help: str) -> ArgumentParser:
-        return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-
-    def add_corpus(command: ArgumentParser, required: bool, prefix: str = "") -> None:
-        command.add_argument("--data", required=required, help=prefix + "a corpus folder; its train split is read")
-        command.add_argument("--size", type=int, required=required, help=prefix + "number of pieces to learn")
-        command.add_argument("--alpha", type=float, default=0.3, help=prefix + "languages are sampled by n^alpha [0.3]")
-        command.add_argument("--documents", type=int, help=prefix + "how many documents to draw [as many as the corpus has]")
-        command.add_argument("--held-out", type=float, default=0.2,
-                             help=prefix + "last share of each language, at most 1,000 documents, not read [0.2]")  # fmt: skip
-        command.add_argument("--seed", type=int, default=0, help=prefix + "decides which documents are drawn [0]")
-
-    command = add_command("train", "learn a SentencePiece BPE model from a corpus")
-    add_corpus(command, required=True)
-    command.add_argument("--published", action="store_true",
-                         help="SentencePiece's defaults, as MaLA-500 had them: NFKC, 99.95%% of characters")  # fmt: skip
-    command.add_argument("--out", type=Path, required=True, help="the model file to write")
-
-    command = add_command("merge", "add pieces to a base model")
-    command.add_argument("--base", required=True, help="tokenizer.model of the checkpoint, or its folder")
-    method = "union: the pieces of --new, as MaLA-500 did; continue: further merges, learnt on --data [union]"
-    command.add_argument("--method", choices=["union", "continue"], default="union", help=method)
-    command.add_argument("--new", help="union: the model whose pieces are added")
-    add_corpus(command, required=False, prefix="continue: ")
-    command.set_defaults(published=False)
-    command.add_argument("--out", type=Path, required=True, help="the model file to write")
-
-    command = add_command("report", "compare a tokenizer and its extension on a corpus, language by language")
-    command.add_argument("--base", required=True, help="a tokenizer.model, or its folder")
-    command.add_argument("--new", required=True, help="the same, extended")
-    command.add_argument("--data", required=True, help="a corpus folder")
-    command.add_argument("--split", choices=["train", "dev", "test"], default="test", help="what of it is measured [test]")
-    command.add_argument("--held-out", type=float, default=1.0,
-                         help="its last share, where the corpus has no splits; 1: all of it is the test split [1]")  # fmt: skip
-    command.add_argument("--json", type=Path, help="a file for all figures")
-    command.add_argument("--plot", type=Path, help="a picture of fertility before and after; takes matplotlib")
-
-    command = add_command("extend", "resize a checkpoint to a merged vocabulary")
-    command.add_argument("--model", required=True, help="the checkpoint folder")
-    command.add_argument("--tokenizer", required=True, help="the merged model file")
-    command.add_argument(
-        "--init", choices=INITS, default="subtokens", help="how new rows start, see docs/vocabulary.md [subtokens]"
-    )
-    command.add_argument("--seed", type=int, default=0, help="of the random initialisations [0]")
-    command.add_argument("--data", help="calibrated: a corpus folder; its train split is read")
-    command.add_argument("--held-out", type=float, default=0.2,
-                         help="calibrated: last share of each language that is not read [0.2]")  # fmt: skip
-    command.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="calibrated: where to compute [auto]"
-    )
-    command.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
-
-    args = parser.parse_args()
-    {"train": run_train, "merge": run_merge, "report": run_report, "extend": run_extend}[args.command](args)
-
-
-def run_train(args: Namespace) -> None:
-    check_numbers(args)
-    with atomic_file(args.out, "wb") as file:  # opened first: a wrong path is found before hours of learning
-        model = train_pieces(read_words(args), args.size, args.published)
-        file.write(model)
-    print(f"{args.out}: {len(Tokenizer(model)):,} pieces")
-
-
-def run_merge(args: Namespace) -> None:
-    base = Tokenizer.from_pretrained(args.base)
-    if args.method == "union":
-        if not args.new or args.data or args.size is not None:
-            raise UserError("--method union takes --new, and neither --data nor --size")
-        merged = merge(base, Tokenizer.from_pretrained(args.new))
-        with atomic_file(args.out, "wb") as file:
-            file.write(merged)
-    else:
-        if not args.data or args.size is None or args.new:
-            raise UserError("--method continue takes --data and --size, and no --new")
-        check_bpe(base)
-        check_numbers(args)
-        with atomic_file(args.out, "wb") as file:
-            merged = continue_merges(base, read_words(args), args.size)
-            file.write(merged)
-    print(f"{args.out}: {len(base):,} pieces -> {len(Tokenizer(merged)):,}")
-
-
-def run_report(args: Namespace) -> None:
-    base, new = Tokenizer.from_pretrained(args.base), Tokenizer.from_pretrained(args.new)
-    report = compare(base, new, Corpus(args.data, held_out=args.held_out).stream(args.split))
-    print_report(report)
-    if args.json:
-        write_json(args.json, report)
-    if args.plot:
-        draw_fertility(report, args.plot)
-
-
-def run_extend(args: Namespace) -> None:
-    if (args.init == "calibrated") != bool(args.data):
-        raise UserError("--init calibrated, and only that, takes --data")
-    check_numbers(args)
-    merged = Tokenizer.from_pretrained(args.tokenizer)
-    drawn = None
-    if args.data:
-        drawn = sample(Corpus(args.data, held_out=args.held_out).stream("train"), alpha=0.3, seed=args.seed)
-    extend_checkpoint(Path(args.model), merged, args.out, args.init, args.seed, drawn, *choose_device(args.device, "auto"))
-    print(f"{args.out}: {len(Tokenizer.from_pretrained(args.model)):,} rows -> {len(merged):,}")
+    parse_command("python -m mala.vocab", COMMANDS).run()
 
 
 if __name__ == "__main__":

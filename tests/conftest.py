@@ -5,7 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+
+if (
+    "PYTEST_XDIST_WORKER_COUNT" in os.environ
+):  # `-n auto`: workers share the cores, and waiting threads must not spin
+    cores = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores))
+
+import torch  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the oracles must not look for anything outside
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -14,7 +21,9 @@ from mala.model import LlamaConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the real data lie beside the project, not in it")
+needs_shared = pytest.mark.skipif(
+    not SHARED.exists(), reason="the real data lie beside the project, not in it"
+)
 
 
 @contextlib.contextmanager

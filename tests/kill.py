@@ -1,11 +1,13 @@
-"""Kill a training run again and again, and see that nothing of it is lost: what is left is bit for bit an undisturbed run's.
+"""Kill a training run again and again, and see that nothing of it is lost: what is left is bit for bit an
+undisturbed run's.
 
     python tests/kill.py [--kills 20] [--steps 200] [--signals KILL,TERM] [--seed 0]
 
-A run is started, killed at a random moment (while it prepares, trains, writes a checkpoint or measures) and started again with
-the same command, until it has been killed so often; then it may finish. Compared are the last checkpoint's weights and
-optimizer state, the adapter, nll.json, and metrics.jsonl without what a clock decides. Every run is a process of its own,
-forked from one that has only imported train.py, so that all of its time is spent on what can be lost.
+A run is started, killed at a random moment (while it prepares, trains, writes a checkpoint or measures) and
+started again with the same command, until it has been killed so often; then it may finish. Compared are the
+last checkpoint's weights and optimizer state, the adapter, nll.json, and metrics.jsonl without what a clock
+decides. Every run is a process of its own, forked from one that has only imported train.py, so that all of
+its time is spent on what can be lost.
 """
 
 import argparse
@@ -40,7 +42,7 @@ def work(argv: list[str], output: Path) -> None:
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
     sys.argv = argv
     torch.set_num_threads(1)  # a model so small gains nothing from more, which would wait on busy cores
-    train.run(train.main)
+    train.run_main(train.main)
 
 
 def start(out: Path, steps: int) -> BaseProcess:
@@ -66,7 +68,10 @@ def outcome(out: Path, steps: int) -> dict[str, object]:
 
 
 def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) -> None:
-    """Disturb a run with one signal after the other. Raise AssertionError where it ends otherwise than an undisturbed one."""
+    """Disturb a run with one signal after the other.
+
+    Raise AssertionError where it ends otherwise than an undisturbed one.
+    """
     calm, disturbed = folder / "calm", folder / "disturbed"
     start(folder / "first", 1).join()  # the modules are imported, files are in the system's cache
     began = time.perf_counter()
@@ -92,11 +97,18 @@ def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) 
         running.join(60)
         hit += 1
         phases.add(phase(disturbed, steps))
-        print(f"{number.name} {hit} after {moment:.1f} s, {phase(disturbed, steps)}: {checkpoint_names(disturbed)}", flush=True)
+        print(
+            f"{number.name} {hit} after {moment:.1f} s, {phase(disturbed, steps)}: {checkpoint_names(disturbed)}",
+            flush=True,
+        )
         if number == signal.SIGKILL:
             assert running.exitcode == -signal.SIGKILL
-        elif running.exitcode == 0:  # during training; before that there is nothing to save, and the process just ends
-            assert "stopped after step" in log.read_text() or "held-out NLL" in log.read_text(), log.read_text()
+        elif (
+            running.exitcode == 0
+        ):  # during training; before that there is nothing to save, and the process just ends
+            assert "stopped after step" in log.read_text() or "held-out NLL" in log.read_text(), (
+                log.read_text()
+            )
         else:
             assert running.exitcode == -number, (running.exitcode, log.read_text())
     last = start(disturbed, steps)
@@ -114,7 +126,11 @@ def phase(out: Path, steps: int) -> str:
         return "preparing"
     if list(out.glob("checkpoints/.step-*.tmp")):
         return "saving"
-    last = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    last = [
+        json.loads(line)["step"]
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+        if line.endswith("}")
+    ]
     return "measuring" if last[-1:] == [steps] else "training" if last else "starting"
 
 
@@ -123,7 +139,9 @@ def checkpoint_names(out: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--signals", default="KILL", help="taken in turn")

@@ -1,6 +1,8 @@
-"""MaLA-500's published evaluation, slow and plain: one full pass of a `transformers` model for every label of every example.
+"""MaLA-500's published evaluation, slow and plain: one full pass of a `transformers` model for every label of
+every example.
 
-The oracle of tests/test_evaluate.py and the peer of benchmarks/evaluate.py. It shares no code with mala/ and evaluate.py.
+The oracle of tests/test_evaluate.py and the peer of benchmarks/evaluate.py. It shares no code with mala/ and
+evaluate.py.
 """
 
 import numpy as np
@@ -60,7 +62,10 @@ def documents(root, bench, language, shots=3, seed=1234, limit=None):
 
 @torch.no_grad()
 def loglikelihoods(model, encode, requests, batch_size=1, max_length=2048):
-    """requests: (context, continuation), texts. Longest first, padded on the right, `batch_size` full passes at a time."""
+    """requests: (context, continuation), texts.
+
+    Longest first, padded on the right, `batch_size` full passes at a time.
+    """
     encoded = [(encode(context), encode(continuation)) for context, continuation in requests]
     results = [None] * len(requests)
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, encoded[i])))
@@ -71,16 +76,22 @@ def loglikelihoods(model, encode, requests, batch_size=1, max_length=2048):
         logits = model(torch.tensor([ids + [0] * (width - len(ids)) for ids in inputs])).logits
         for i, row, ids in zip(chunk, logits, inputs):
             continuation = encoded[i][1]
-            log_probabilities = torch.log_softmax(row[len(ids) - len(continuation) : len(ids)].float(), dim=-1)
+            log_probabilities = torch.log_softmax(
+                row[len(ids) - len(continuation) : len(ids)].float(), dim=-1
+            )
             results[i] = log_probabilities.gather(1, torch.tensor(continuation)[:, None]).sum().item()
     return results
 
 
-def evaluate(model, encode, root, bench, language, shots=3, seed=1234, limit=None, batch_size=1, max_length=2048):
+def evaluate(
+    model, encode, root, bench, language, shots=3, seed=1234, limit=None, batch_size=1, max_length=2048
+):
     """One dict an example: id, shots, label, prediction, prediction_norm, loglikelihoods."""
     labels, examples = LABELS[bench], documents(root, bench, language, shots, seed, limit)
     requests = [(context, " " + label) for _, _, context in examples for label in labels]
-    scores = np.array(loglikelihoods(model, encode, requests, batch_size, max_length)).reshape(-1, len(labels))
+    scores = np.array(loglikelihoods(model, encode, requests, batch_size, max_length)).reshape(
+        -1, len(labels)
+    )
     lengths = np.array([len(label) for label in labels])
     return [
         {"lang": language, "id": doc["id"], "shots": chosen, "label": doc["label"],

@@ -1,4 +1,7 @@
-"""What test_distributed.py starts with torchrun: a sharded model beside the whole one; prints "equal" at the end."""
+"""What test_distributed.py starts with torchrun: a sharded model beside the whole one.
+
+Prints "equal" at the end.
+"""
 
 import itertools
 import sys
@@ -8,11 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mala import distributed  # noqa: E402
 from mala.lora import LoRAConfig, add_lora, trainable_parameters  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
+from mala.running import distributed  # noqa: E402
 from mala.scoring import documents_nll  # noqa: E402
-from mala.tokenizer import Tokenizer  # noqa: E402
+from mala.words.tokenizer import Tokenizer  # noqa: E402
 
 TOKENIZER = Tokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "assets/tiny-llama")
 
@@ -29,7 +32,9 @@ def make(tied: bool, recompute: bool, dtype: torch.dtype) -> Llama:
     return model.train()
 
 
-def step(model: Llama, rank: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def step(
+    model: Llama, rank: int, size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of 8 rows in micro-batches of 2, of which each process has its share."""
     tokens = torch.randint(2049, (8, 17), generator=torch.Generator().manual_seed(1)).chunk(size)[rank]
     total = torch.zeros(())
@@ -39,7 +44,9 @@ def step(model: Llama, rank: int, size: int, dtype: torch.dtype) -> tuple[torch.
         loss = model(tokens[row : row + 2, :-1], targets=tokens[row : row + 2, 1:]) * 2 / len(tokens)
         loss.backward()
         total += loss.detach()
-    return total, {name: distributed.whole(parameter.grad) for name, parameter in trainable_parameters(model).items()}
+    return total, {
+        name: distributed.unsharded(parameter.grad) for name, parameter in trainable_parameters(model).items()
+    }
 
 
 def main() -> None:
@@ -51,7 +58,9 @@ def main() -> None:
 def check(world: distributed.World) -> None:
     documents = ["one", "two words", "and a rather long document that goes on " * 5, "x"] * 3
     assert world.from_main(lambda: {"rank": world.rank}) == {"rank": 0}
-    for tied, recompute, dtype in itertools.product((False, True), (False, True), (torch.float32, torch.bfloat16)):
+    for tied, recompute, dtype in itertools.product(
+        (False, True), (False, True), (torch.float32, torch.bfloat16)
+    ):
         tolerance = dict(rtol=1e-4, atol=1e-6) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-4)
         alone, sharded = make(tied, recompute, dtype), make(tied, recompute, dtype)
         distributed.shard(sharded, world)

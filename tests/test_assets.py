@@ -1,4 +1,7 @@
-"""What the demo bundles: layouts, sizes, parallel rows, held-out sentences that are held out; and the recipes."""
+"""What the demo bundles: layouts, sizes, parallel rows, held-out sentences that are held out.
+
+And the recipes.
+"""
 
 import importlib
 import json
@@ -11,7 +14,7 @@ from conftest import ROOT
 
 from mala.cli import parse
 from mala.model import Llama
-from mala.tokenizer import Tokenizer
+from mala.words.tokenizer import Tokenizer
 
 DEMO = ROOT / "assets/demo"
 TOPICS = ["science/technology", "travel", "politics", "sports", "health", "entertainment", "geography"]
@@ -64,7 +67,11 @@ def test_taxi1500_sample():
 
 def test_the_tiny_llama_is_an_official_checkpoint_of_at_most_4_mb():
     folder = ROOT / "assets/tiny-llama"
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 4_000_000
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -80,8 +87,16 @@ def test_recipes_fill_the_settings_of_train(recipe, monkeypatch):
     filled = parse(train.Settings, "", ["--config", str(ROOT / "configs" / recipe)])
     assert filled != train.Settings()
     if recipe == "mala500.toml":  # as published
-        assert (filled.extend_vocab, filled.r, filled.lora_alpha, filled.lora_dropout) == (250_000, 8, 32, 0.1)
-        assert (filled.target_modules, filled.modules_to_save) == (("q_proj", "v_proj"), ("embed_tokens", "lm_head"))
+        assert (filled.extend_vocab, filled.r, filled.lora_alpha, filled.lora_dropout) == (
+            250_000,
+            8,
+            32,
+            0.1,
+        )
+        assert (filled.target_modules, filled.modules_to_save) == (
+            ("q_proj", "v_proj"),
+            ("embed_tokens", "lm_head"),
+        )
         assert (filled.seq_len, filled.batch_size, filled.micro_batch_size, filled.epochs) == (4096, 8, 1, 3)
         assert (filled.lr, filled.weight_decay, filled.alpha, filled.dtype) == (3e-4, 0.1, 0.3, "bfloat16")
     sys.modules.pop("train", None)

@@ -49,7 +49,9 @@ def test_a_bad_recipe_is_one_sentence(content, tmp_path):
         parse(Settings, "", ["--config", str(tmp_path / "recipe.toml")])
 
 
-@pytest.mark.parametrize("argv", [["--stepz", "3"], ["--steps", "x"], ["--kind", "three"], ["--st", "3"], ["extra"]])
+@pytest.mark.parametrize(
+    "argv", [["--stepz", "3"], ["--steps", "x"], ["--kind", "three"], ["--st", "3"], ["extra"]]
+)
 def test_a_bad_flag_is_one_sentence(argv):
     with pytest.raises(UserError, match="--help"):
         parse(Settings, "", argv)

@@ -1,4 +1,4 @@
-"""mala.corpus: reading, and what is held out."""
+"""mala.storage.corpus: reading, and what is held out."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mala.cli import UserError
-from mala.corpus import Corpus, read_documents
+from mala.storage.corpus import Corpus, read_documents
 
 LINES = ["one", "two words", 'a "quoted" line', "ጤና ይስጥልኝ", "tab\tinside", "u\u2028n"]
 
@@ -60,7 +60,10 @@ def test_tsv_layouts(tmp_path):
 def test_split_files_of_the_hub(tmp_path):
     for split in ("train", "validation", "test"):
         for shard in "01":
-            write(tmp_path / "swh_Latn" / f"{split}-0000{shard}-of-00002.jsonl", json.dumps({"text": split + shard}))
+            write(
+                tmp_path / "swh_Latn" / f"{split}-0000{shard}-of-00002.jsonl",
+                json.dumps({"text": split + shard}),
+            )
     corpus = Corpus(tmp_path)
     assert {s: list(corpus.documents("swh_Latn", s)) for s in ("train", "dev", "test")} == {
         "train": ["train0", "train1"], "dev": ["validation0", "validation1"], "test": ["test0", "test1"]}  # fmt: skip

@@ -1,4 +1,7 @@
-"""mala.cross_entropy against float64. The Triton kernel runs here in Triton's interpreter, on a CPU."""
+"""mala.cross_entropy and mala.loss against float64.
+
+The Triton kernel runs here in Triton's interpreter, on a CPU.
+"""
 
 import os
 import subprocess
@@ -13,8 +16,10 @@ from hypothesis import strategies as st
 
 import mala.cross_entropy
 from mala.cross_entropy import linear_cross_entropy, token_nll
+from mala.loss import cpu, triton_kernel
 
-# Triton decides when it is imported whether it interprets, and the other tests run without: see the last test.
+# Triton decides when it is imported whether it interprets, and the other tests run without: see the last
+# test.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = ["chunked", "triton"] if INTERPRETED else ["chunked"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +46,10 @@ def exact(hidden, weight, targets):
 
 
 def error(found, expected):
-    return [((a - b).norm() / (b.norm() + 1e-30)).item() if b.norm() > 0 else a.norm().item() for a, b in zip(found, expected)]
+    return [
+        ((a - b).norm() / (b.norm() + 1e-30)).item() if b.norm() > 0 else a.norm().item()
+        for a, b in zip(found, expected)
+    ]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -49,18 +57,22 @@ def error(found, expected):
        ignored=st.sampled_from([0.0, 0.3, 1.0]), spread=st.sampled_from([0.01, 1.0, 30.0]), seed=st.integers(0, 99),
        budget=st.integers(1, 100_000), block=st.sampled_from([16, 64, 512]))  # fmt: skip
 @settings(deadline=None, max_examples=25 if INTERPRETED else 200, derandomize=True)
-def test_as_accurate_as_cross_entropy_on_float32_logits(implementation, n, d, v, dtype, ignored, spread, seed, budget, block):
+def test_as_accurate_as_cross_entropy_on_float32_logits(
+    implementation, n, d, v, dtype, ignored, spread, seed, budget, block
+):
     hidden, weight, targets = problem(n, d, v, DTYPES[dtype], ignored, seed, spread)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mala.cross_entropy, "CHUNK_BYTES", {"cpu": budget})
-        patch.setattr(mala.cross_entropy, "BLOCK", block)
-        patch.setattr(mala.cross_entropy, "ROWS", 3)
-        patch.setattr(mala.cross_entropy, "WORDS", block)
+        patch.setattr(triton_kernel, "BLOCK", block)
+        patch.setattr(cpu, "LOGIT_ROWS", 3)
+        patch.setattr(cpu, "WEIGHT_ROWS", block)
         loss = linear_cross_entropy(hidden, weight, targets, implementation=implementation)
         assert loss.dtype == torch.float32 and loss.shape == ()
         found = results(hidden, weight, targets, loss)
         nll = token_nll(hidden, weight, targets)
-    theirs = results(hidden, weight, targets, linear_cross_entropy(hidden, weight, targets, implementation="reference"))
+    theirs = results(
+        hidden, weight, targets, linear_cross_entropy(hidden, weight, targets, implementation="reference")
+    )
     expected = exact(hidden, weight, targets)
     # Both round: allow twice the reference's error, and some units in the last place of the operands.
     ulp = torch.finfo(DTYPES[dtype]).eps
@@ -82,15 +94,25 @@ def test_the_gradient_is_the_slope_of_the_loss(implementation):
             ends = []
             for sign in (1, -1):
                 x.add_(sign * step * direction)
-                ends.append(linear_cross_entropy(hidden, weight, targets, implementation=implementation).double())
+                ends.append(
+                    linear_cross_entropy(hidden, weight, targets, implementation=implementation).double()
+                )
                 x.sub_(sign * step * direction)
-        assert (gradient * direction).sum().item() == pytest.approx(3 * (ends[0] - ends[1]).item() / (2 * step), rel=1e-3)
+        assert (gradient * direction).sum().item() == pytest.approx(
+            3 * (ends[0] - ends[1]).item() / (2 * step), rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_large_logits_do_not_overflow(implementation):
-    hidden, weight, targets = torch.full((3, 1), 1e4), torch.tensor([[1.0], [-1.0], [0.999], [3.0]]), torch.tensor([0, 1, 3])
-    loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets, implementation=implementation)
+    hidden, weight, targets = (
+        torch.full((3, 1), 1e4),
+        torch.tensor([[1.0], [-1.0], [0.999], [3.0]]),
+        torch.tensor([0, 1, 3]),
+    )
+    loss = linear_cross_entropy(
+        hidden.requires_grad_(), weight.requires_grad_(), targets, implementation=implementation
+    )
     assert loss.item() == pytest.approx((2e4 + 4e4 + 0) / 3)
     loss.backward()
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
@@ -110,8 +132,8 @@ def test_all_ignored_and_nothing_at_all(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_only_the_gradients_that_are_wanted_are_formed(implementation, monkeypatch):
     products = []
-    original = mala.cross_entropy._add_product
-    monkeypatch.setattr(mala.cross_entropy, "_add_product", lambda *args: (products.append(args[0].shape), original(*args)))
+    original = cpu.add_product
+    monkeypatch.setattr(cpu, "add_product", lambda *args: (products.append(args[0].shape), original(*args)))
     hidden, weight, targets = problem(6, 5, 11)
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, targets, implementation=implementation)
@@ -133,7 +155,7 @@ def test_views_of_larger_tensors(implementation):
 
 
 def test_autocast_and_other_defaults_change_nothing(monkeypatch):
-    monkeypatch.setattr(mala.cross_entropy, "WORDS", 2)  # so that all products are taken
+    monkeypatch.setattr(cpu, "WEIGHT_ROWS", 2)  # so that all products are taken
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, targets = problem(12, 6, 100, dtype)
         expected = results(hidden, weight, targets, linear_cross_entropy(hidden, weight, targets))
@@ -157,7 +179,7 @@ def test_operands_that_do_not_fit_are_refused():
                 call(*wrong)
 
 
-def test_more_rows_than_words(monkeypatch):
+def test_more_rows_than_pieces(monkeypatch):
     # Two chunks, in both of which the sum over rows, for dWeight, is the long one.
     monkeypatch.setattr(mala.cross_entropy, "CHUNK_BYTES", {"cpu": 4 * 3 * 70_000})
     hidden, weight, targets = problem(140_000, 2, 3)
@@ -169,7 +191,9 @@ def test_master_weights_get_float32_gradients_under_bfloat16_products():
     hidden, weight, targets = problem(64, 16, 50, torch.bfloat16)
     master = weight.detach().float().requires_grad_()
     found = results(hidden, master, targets, linear_cross_entropy(hidden, master, targets))
-    assert torch.autograd.grad(linear_cross_entropy(hidden, master, targets), master)[0].dtype == torch.float32
+    assert (
+        torch.autograd.grad(linear_cross_entropy(hidden, master, targets), master)[0].dtype == torch.float32
+    )
     assert max(error(found, exact(hidden, weight, targets))) < 2**-7
 
 
@@ -181,11 +205,18 @@ def test_a_second_backward_is_refused_and_a_wrong_target_named():
         loss.backward()
     for wrong in (11, -1, -101):
         targets[4] = wrong
-        for call in (lambda: linear_cross_entropy(hidden, weight, targets), lambda: token_nll(hidden, weight, targets)):
-            with pytest.raises(ValueError, match=rf"target {wrong} in place 4 is no word: expected 0 to 10, or -100"):
+        for call in (
+            lambda: linear_cross_entropy(hidden, weight, targets),
+            lambda: token_nll(hidden, weight, targets),
+        ):
+            with pytest.raises(
+                ValueError, match=rf"target {wrong} in place 4 has no row: expected 0 to 10, or -100"
+            ):
                 call()
     targets[4] = 3
-    mine = linear_cross_entropy(hidden, weight, targets.where(targets >= 0, 7), ignore_index=7)  # another sign for "none"
+    mine = linear_cross_entropy(
+        hidden, weight, targets.where(targets >= 0, 7), ignore_index=7
+    )  # another sign for "none"
     assert mine.isfinite()
 
 
@@ -202,15 +233,16 @@ def test_chunks_are_bounded_by_the_budget(monkeypatch):
     monkeypatch.setattr(mala.cross_entropy, "CHUNK_BYTES", {"cpu": 4 * 1000 * 170})
     hidden, weight, targets = problem(500, 4, 1000)
     linear_cross_entropy(hidden, weight, targets).backward()
-    # Three chunks of up to 170 rows, filled evenly: 166.7, rounded up to a multiple of 16, but not above the budget.
+    # Three chunks of up to 170 rows, filled evenly: 166.7, rounded up to a multiple of 16, but not above the
+    # budget.
     assert held == [(170, 4 * 1000 * 170), (170, 4 * 1000 * 170), (160, 4 * 1000 * 170)]
 
 
 if INTERPRETED:
 
-    def test_the_kernel_reads_nothing_for_a_target_that_is_no_word():
+    def test_the_kernel_reads_nothing_for_a_target_that_has_no_row():
         logits = torch.randn(3, 8)
-        found = mala.cross_entropy.row_losses_by_triton(logits, torch.tensor([8, -100, -1]), -100, with_gradient=True)
+        found = triton_kernel.row_losses(logits, torch.tensor([8, -100, -1]), -100, with_gradient=True)
         assert found[[0, 2]].isnan().all() and found[1] == 0 and not logits[1].any()
 
     def test_the_kernel_finds_rows_beyond_2_to_the_31():
@@ -218,7 +250,7 @@ if INTERPRETED:
         logits = torch.empty(2 * 2**30 + 8, dtype=torch.float16).as_strided((3, 8), (2**30, 1))
         logits.copy_(torch.arange(24).view(3, 8) / 4)
         expected = F.cross_entropy(logits.float(), torch.tensor([1, 2, 3]), reduction="none")
-        found = mala.cross_entropy.row_losses_by_triton(logits, torch.tensor([1, 2, 3]), -100, with_gradient=True)
+        found = triton_kernel.row_losses(logits, torch.tensor([1, 2, 3]), -100, with_gradient=True)
         assert torch.allclose(found, expected) and logits.sum().abs() < 1e-2
 
 else:

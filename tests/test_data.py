@@ -18,13 +18,22 @@ from hypothesis import strategies as st
 
 import mala.data
 from mala.cli import UserError
-from mala.corpus import Corpus, read_documents
-from mala.data import Batches, Job, Stream, file_digests, open_streams, read_ahead, tokenise
-from mala.tokenizer import Tokenizer, WordPacker
+from mala.data import Batches, Stream, TokenFile, file_digests, open_streams, read_ahead, tokenise
+from mala.storage.corpus import Corpus
 from mala.vocab import append_pieces
+from mala.words.tokenizer import Tokenizer, WordPacker
 
 TOKENIZER = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
-LINES = ["one", "two words", 'a "quoted" line', "ጤና ይስጥልኝ", "tab\tinside", "u\u2028n", " two  spaces ", "<s> is text"]
+LINES = [
+    "one",
+    "two words",
+    'a "quoted" line',
+    "ጤና ይስጥልኝ",
+    "tab\tinside",
+    "u\u2028n",
+    " two  spaces ",
+    "<s> is text",
+]
 
 
 def expected_tokens(documents, tokenizer=TOKENIZER):
@@ -34,12 +43,19 @@ def expected_tokens(documents, tokenizer=TOKENIZER):
 def write_corpus(root, **languages):
     root.mkdir(exist_ok=True)
     for language, documents in languages.items():
-        (root / f"{language}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        (root / f"{language}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        )
 
 
 def make(root, folder, held_out=0.0, tokenizer=TOKENIZER, **more):
     corpus = Corpus(root, held_out=held_out, **more)
-    tokenise(corpus, tokenizer, file_digests([file for files in corpus.files.values() for file in files], {}), folder)
+    tokenise(
+        corpus,
+        tokenizer,
+        file_digests([file for files in corpus.files.values() for file in files], {}),
+        folder,
+    )
     return open_streams(corpus, folder, tokenizer.bos_id)
 
 
@@ -56,7 +72,9 @@ def test_token_files_hold_every_document_after_bos_in_order(tmp_path):
         "amh_Ethi": 24, "deu_Latn": 33, "eng_Latn": 1, "swh_Latn": 8}  # fmt: skip
     assert all_of(streams["swh_Latn"]) == expected_tokens(LINES)
     assert all_of(streams["deu_Latn"]) == expected_tokens([*LINES[::-1] * 3, "blank", *LINES])
-    assert (tmp_path / "tokens/swh_Latn.0.0.bin").read_bytes() == np.array(expected_tokens(LINES), "<u2").tobytes()
+    assert (tmp_path / "tokens/swh_Latn.0.bin").read_bytes() == np.array(
+        expected_tokens(LINES), "<u2"
+    ).tobytes()
     with open(tmp_path / "tokens/index.json") as index:
         assert json.load(index)["dtype"] == "uint16"
 
@@ -71,7 +89,9 @@ def test_blocks_are_those_of_mala_500s_grouping(tmp_path):
     theirs = transformers.LlamaTokenizer.from_pretrained(SHARED / "llama2", legacy=True, add_bos_token=True)
     together = sum(theirs(lines)["input_ids"], [])
     assert len(together) == len(stream)
-    batches = Batches({"amu_Latn": stream}, seq_len=256, batch_size=1, steps=3 * (len(together) // 256), alpha=0.3, seed=0)
+    batches = Batches(
+        {"amu_Latn": stream}, seq_len=256, batch_size=1, steps=3 * (len(together) // 256), alpha=0.3, seed=0
+    )
     blocks = {int(block): batches[step][0][0].tolist() for step, block in enumerate(batches.block_of_row)}
     for block in range(len(together) // 256):
         assert blocks[block] == together[256 * block : 256 * (block + 1)]
@@ -79,8 +99,10 @@ def test_blocks_are_those_of_mala_500s_grouping(tmp_path):
 
 def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
     done = []
-    original = mala.data._tokenise_portion
-    monkeypatch.setattr(mala.data, "_tokenise_portion", lambda *args: (done.append(args[0].language), original(*args))[1])
+    original = mala.data._write_tokens
+    monkeypatch.setattr(
+        mala.data, "_write_tokens", lambda *args: (done.append(args[0].language), original(*args))[1]
+    )
     corpus, tokens = tmp_path / "corpus", tmp_path / "tokens"
     write_corpus(corpus, swh_Latn=LINES, amh_Ethi=LINES, eng_Latn=LINES)
 
@@ -95,12 +117,17 @@ def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
     assert again(held_out=0.5)[0] == []  # what is held out is decided when the files are opened
     write_corpus(corpus, swh_Latn=LINES[:-1] + ["<s> is TEXT"])  # the same number of bytes
     names, streams = again()
-    assert names == ["swh_Latn"] and all_of(streams["swh_Latn"]) == expected_tokens(LINES[:-1] + ["<s> is TEXT"])
-    (tokens / "eng_Latn.0.0.bin").write_bytes((tokens / "eng_Latn.0.0.bin").read_bytes()[:-2])  # truncated
+    assert names == ["swh_Latn"] and all_of(streams["swh_Latn"]) == expected_tokens(
+        LINES[:-1] + ["<s> is TEXT"]
+    )
+    (tokens / "eng_Latn.0.bin").write_bytes((tokens / "eng_Latn.0.bin").read_bytes()[:-2])  # truncated
     assert again()[0] == ["eng_Latn"]
     (corpus / "amh_Ethi.jsonl").rename(tmp_path / "amh_Ethi.jsonl")
     names, streams = again()
-    assert names == [] and streams.keys() == {"eng_Latn", "swh_Latn"}  # what others of the runs that share them may need stays
+    assert names == [] and streams.keys() == {
+        "eng_Latn",
+        "swh_Latn",
+    }  # what others of the runs that share them may need stays
     (tmp_path / "amh_Ethi.jsonl").rename(corpus / "amh_Ethi.jsonl")
     assert again()[0] == [] and again(languages=("swh_Latn",))[1].keys() == {"swh_Latn"}
     other = Tokenizer(append_pieces(TOKENIZER, {"two▁": -9999.0}), "other")
@@ -108,21 +135,23 @@ def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
     assert names == ["amh_Ethi", "eng_Latn", "swh_Latn"]
     (corpus / "eng_Latn.jsonl").unlink()
     names, streams = again()
-    assert names == ["amh_Ethi", "swh_Latn"] and not (tokens / "eng_Latn.0.0.bin").exists()  # of another tokenizer
+    assert (
+        names == ["amh_Ethi", "swh_Latn"] and not (tokens / "eng_Latn.0.bin").exists()
+    )  # of another tokenizer
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     write_corpus(tmp_path / "corpus", **{f"{letter * 3}_Latn": LINES for letter in "abcdef"})
-    original, done = mala.data._tokenise_portion, []
+    original, done = mala.data._write_tokens, []
 
-    def dies(job, root, packer):
-        done.append(job.language)
+    def dies(token_file, root, packer):
+        done.append(token_file.language)
         if len(done) == 4:
-            (root / f".{job.entry['file']}.tmp").write_bytes(b"half")
+            (root / f".{token_file.entry['file']}.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
-        return original(job, root, packer)
+        return original(token_file, root, packer)
 
-    monkeypatch.setattr(mala.data, "_tokenise_portion", dies)
+    monkeypatch.setattr(mala.data, "_write_tokens", dies)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "corpus", tmp_path / "tokens")
     streams = make(tmp_path / "corpus", tmp_path / "tokens")
@@ -144,7 +173,7 @@ def test_many_processes_make_the_same_files(tmp_path, monkeypatch):
 
 
 def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
-    fifos = [tmp_path / "a", tmp_path / "b"]
+    fifos = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for fifo in fifos:
         os.mkfifo(fifo)  # a worker that opens it waits for ever
 
@@ -155,33 +184,12 @@ def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
 
-    threading.Thread(target=kill).start()
-    jobs = [Job("aaa_Latn", fifo, 0, None, mala.data.POOL_BYTES, {"file": f"{fifo.name}.bin"}) for fifo in fifos]
+    threading.Thread(target=kill, daemon=True).start()
+    missing = [
+        TokenFile("aaa_Latn", fifo, mala.data.POOL_BYTES, {"file": f"{fifo.name}.bin"}) for fifo in fifos
+    ]
     with pytest.raises(UserError, match="a process that tokenised was killed"):
-        list(mala.data._in_parallel(jobs, tmp_path, WordPacker(TOKENIZER, "uint16")))
-
-
-@given(lines=st.lists(st.text(st.sampled_from("a é😀\r"), max_size=6), max_size=12), part=st.integers(1, 40), bom=st.booleans())
-@settings(deadline=None, max_examples=150)
-def test_a_file_in_portions_has_the_same_documents(lines, part, bom, tmp_path_factory):
-    file = tmp_path_factory.mktemp("portions") / "swh_Latn.txt"
-    file.write_bytes(("\ufeff" * bom + "\n".join(lines)).encode())
-    portions = range(0, file.stat().st_size, part)
-    assert [text for first in portions for text in read_documents(file, first, first + part)] == list(read_documents(file))
-
-
-def test_portions_are_put_together_again_and_a_mistake_has_its_line(tmp_path, monkeypatch):
-    write_corpus(tmp_path / "corpus", swh_Latn=LINES * 30, amh_Ethi=LINES)
-    whole = make(tmp_path / "corpus", tmp_path / "whole", held_out=0.1)
-    monkeypatch.setattr(mala.data, "PART_BYTES", 500)
-    parts = make(tmp_path / "corpus", tmp_path / "parts", held_out=0.1)
-    assert len(list((tmp_path / "parts").glob("swh_Latn.0.*.bin"))) > 12
-    for language, stream in whole.items():
-        assert all_of(parts[language]) == all_of(stream) and parts[language].documents == stream.documents
-    with open(tmp_path / "corpus/swh_Latn.jsonl", "a") as file:
-        file.write("no JSON\n")
-    with pytest.raises(UserError, match=r"swh_Latn.jsonl: line 241 is not a JSON object"):
-        make(tmp_path / "corpus", tmp_path / "parts")
+        list(mala.data._in_parallel(missing, tmp_path, WordPacker(TOKENIZER, "uint16")))
 
 
 def test_digests_follow_the_content_and_are_read_once(tmp_path, monkeypatch):
@@ -205,14 +213,19 @@ def test_without_last_is_the_stream_cut_at_a_document(lengths, data):
         return
     dropped = data.draw(st.integers(0, len(documents) - 1))
     parts = [
-        np.array([token for length in part for token in [1, *range(2, 2 + length)]], np.uint16) for part in lengths if part
+        np.array([token for length in part for token in [1, *range(2, 2 + length)]], np.uint16)
+        for part in lengths
+        if part
     ]
     whole = np.concatenate(parts)
     kept = sum(length + 1 for length in documents[: len(documents) - dropped])
     stream = Stream(parts, len(documents)).without_last(dropped, bos_id=1)
     assert all_of(stream) == whole[:kept].tolist() and stream.documents == len(documents) - dropped
     start, count = data.draw(st.integers(0, 2 * kept)), data.draw(st.integers(1, 3 * kept))
-    assert stream.take(start, count).tolist() == whole[:kept].take(range(start, start + count), mode="wrap").tolist()
+    assert (
+        stream.take(start, count).tolist()
+        == whole[:kept].take(range(start, start + count), mode="wrap").tolist()
+    )
 
 
 def test_without_last_searches_far(tmp_path):
@@ -230,15 +243,22 @@ def make_batches(sizes, **changes):
     for i, (documents, tokens) in enumerate(sizes):
         middle = tokens // 3  # in two files, the first maybe empty
         ids = np.arange(first, first + tokens, dtype=np.uint32)
-        streams[f"{chr(97 + i) * 3}_Latn"] = Stream([part for part in (ids[:middle], ids[middle:]) if len(part)], documents)
+        streams[f"{chr(97 + i) * 3}_Latn"] = Stream(
+            [part for part in (ids[:middle], ids[middle:]) if len(part)], documents
+        )
         first += tokens
-    return streams, Batches(streams, **{**dict(seq_len=16, batch_size=4, steps=200, alpha=0.3, seed=0), **changes})
+    return streams, Batches(
+        streams, **{**dict(seq_len=16, batch_size=4, steps=200, alpha=0.3, seed=0), **changes}
+    )
 
 
 @given(sizes=lengths, seq_len=st.integers(1, 50), seed=st.integers(0, 5))
 @settings(deadline=None, max_examples=30)
 def test_blocks_are_the_grouping_of_the_stream_and_leave_no_token_out(sizes, seq_len, seed):
-    """MaLA-500 cuts the stream into blocks of seq_len: ours are those blocks; the last is filled from the beginning."""
+    """MaLA-500 cuts the stream into blocks of seq_len: ours are those blocks.
+
+    The last is filled from the beginning.
+    """
     streams, batches = make_batches(sizes, seq_len=seq_len, seed=seed)
     for step in range(20):
         inputs, targets = batches[step]
@@ -263,7 +283,9 @@ def test_a_step_depends_on_seed_step_and_rank_alone():
     _, other = make_batches(sizes, seed=1)
     in_order = [batches[step] for step in range(200)]
     for step in (150, 3, 77):
-        assert torch.equal(batches[step][0], in_order[step][0]) and torch.equal(longer[step][0], in_order[step][0])
+        assert torch.equal(batches[step][0], in_order[step][0]) and torch.equal(
+            longer[step][0], in_order[step][0]
+        )
         for processes in (1, 2, 4):  # together they see what one would see
             shares = [batches.share(step, rank, processes) for rank in range(processes)]
             for whole, parts in zip(batches[step], zip(*shares)):

@@ -1,4 +1,4 @@
-"""mala.distributed: two gloo processes take the path of many GPUs, and the oracle is one process."""
+"""mala.running.distributed: two gloo processes take the path of many GPUs, and the oracle is one process."""
 
 import json
 import os
@@ -52,7 +52,10 @@ def test_two_processes_have_the_losses_of_one(runs):
     one, two = losses(runs / "1"), losses(runs / "2")
     assert len(one) == 50 and (one - two).abs().max() < 1e-5
     assert one[-1] < one[0] - 1  # they have learnt something
-    nll = [json.loads((runs / name / "nll.json").read_text())["after"]["macro"]["nll_per_document"] for name in "12"]
+    nll = [
+        json.loads((runs / name / "nll.json").read_text())["after"]["macro"]["nll_per_document"]
+        for name in "12"
+    ]
     assert nll[0] == pytest.approx(nll[1], rel=1e-5)
 
 
@@ -73,21 +76,41 @@ def test_a_checkpoint_of_one_number_of_processes_goes_on_with_another(runs, of, 
 
 def test_a_sharded_model_computes_what_the_whole_one_does():
     done = subprocess.run(
-        [*TORCHRUN, "2", ROOT / "tests/sharded.py"], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+        [*TORCHRUN, "2", ROOT / "tests/sharded.py"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
     )
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr
 
 
 def start_and_signal(out, number, to_torchrun=False):
-    """Send one of two processes, or torchrun, a signal in the midst of training: status and output of the whole job."""
-    command = [*TORCHRUN, "2", ROOT / "train.py", *SETTINGS, "--steps", "100000", "--save-every", "4", "--out", out]
+    """Send one of two processes, or torchrun, a signal in the midst of training.
+
+    Status and output of the whole job.
+    """
+    command = [
+        *TORCHRUN,
+        "2",
+        ROOT / "train.py",
+        *SETTINGS,
+        "--steps",
+        "100000",
+        "--save-every",
+        "4",
+        "--out",
+        out,
+    ]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
                            start_new_session=True)  # fmt: skip
     try:
         deadline = time.monotonic() + 60
         while not (out / "checkpoints/step-8").is_dir() and time.monotonic() < deadline:
             time.sleep(0.05)
-        found = subprocess.run(["pgrep", "-P", str(job.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
+        found = subprocess.run(
+            ["pgrep", "-P", str(job.pid), "-f", "train.py"], capture_output=True, text=True
+        ).stdout.split()
         assert len(found) == 2, found
         os.kill(job.pid if to_torchrun else int(found[1]), number)
         printed, errors = job.communicate(timeout=60)

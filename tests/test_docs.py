@@ -1,20 +1,22 @@
-"""The documents: their blocks run and print what they say, their commands are understood, and what they name is there."""
+"""The documents: their blocks print what they say, their commands are understood, what they name is there."""
 
 import ast
 import doctest
 import re
 import shlex
-import sys
 
 import pytest
 from conftest import ROOT
 
 import evaluate
 import train
-from mala import cli, generate, lora, tasks, vocab
-from mala.cli import ArgumentParser
+from mala import cli, generate, vocab
+from mala.storage import peft_adapter
+from tools import get_benchmark, make_tiny_llama
 
-DOCUMENTS = {str(file.relative_to(ROOT)): file for file in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+DOCUMENTS = {
+    str(file.relative_to(ROOT)): file for file in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
 
@@ -43,12 +45,12 @@ def commands() -> list[tuple[str, str]]:
         for language, text in blocks(name):
             if language == "sh":
                 lines = text.replace("\\\n", " ").replace(" && ", "\n").splitlines()
-                found += [(name, line) for line in lines if re.search(r"(?<![/\w])(train|evaluate)\.py|-m mala\.", line)]
+                found += [
+                    (name, line)
+                    for line in lines
+                    if re.search(r"(?<![/\w])(train|evaluate)\.py|-m (mala|tools)\.", line)
+                ]
     return found
-
-
-class Understood(Exception):
-    pass
 
 
 @pytest.mark.parametrize("document, command", commands())
@@ -65,30 +67,25 @@ def test_every_command_is_understood(document, command, monkeypatch):
         return
     module = words[words.index("-m") + 1]
     argv = words[words.index("-m") + 2 :]
-    if module == "mala.generate":
-        cli.parse(generate.Settings, "", argv)
+    plain = {"mala.generate": generate, "tools.make_tiny_llama": make_tiny_llama}
+    if module in plain:
+        cli.parse(plain[module].Settings, "", argv)
         return
-    parse_args = ArgumentParser.parse_args
-
-    def parsed(self, *args, **kwargs):
-        parse_args(self, *args, **kwargs)
-        raise Understood
-
-    monkeypatch.setattr(ArgumentParser, "parse_args", parsed)
-    monkeypatch.setattr(sys, "argv", [module, *argv])
-    with pytest.raises(Understood):
-        {"mala.vocab": vocab, "mala.lora": lora, "mala.tasks": tasks}[module].main()
+    commands = {"mala.vocab": vocab, "mala.lora": peft_adapter, "tools.get_benchmark": get_benchmark}
+    cli.parse_command(module, commands[module].COMMANDS, argv)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_what_a_document_names_is_there(name):
     text = DOCUMENTS[name].read_text(encoding="utf-8")
-    for file in re.findall(r"`((?:mala|tests|benchmarks|configs|scripts|docs|assets)/[\w./-]+\.\w+)`", text):
+    for file in re.findall(r"`((?:mala|tests|benchmarks|configs|tools|docs|assets)/[\w./-]+\.\w+)`", text):
         assert (ROOT / file).exists(), f"{name}: there is no {file}"
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", BLOCK.sub("", text)):
         assert "://" in link or (DOCUMENTS[name].parent / link).exists(), f"{name}: there is no {link}"
-    # `name` in `file.py`, `name` (`file.py`), or several names before the "in".
-    for names, file in re.findall(r"((?:`[\w.]+`(?:, | and )?)+) ?(?:in |\()`((?:mala/)?\w+\.py)`", text):
+    # `name` in `file.py`, `name` (`file.py`), `name`, `file.py`, or several names before the file.
+    one_name = r"`(?![\w.]*\.py`)[\w.]+`"
+    place = r"`((?:mala/(?:\w+/)*|tools/)?\w+\.py)`"
+    for names, file in re.findall(rf"((?:{one_name}(?:, | and | or )?)+) ?(?:in |\()?{place}", text):
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         for statement in tree.body:  # of the module's variables only, not those of its functions

@@ -1,4 +1,7 @@
-"""evaluate.py against the published procedure, and as a user types it: resumed, by two processes, compared, with mistakes."""
+"""evaluate.py against the published procedure, and as a user types it.
+
+Resumed, by two processes, compared, with mistakes.
+"""
 
 import json
 import os
@@ -34,11 +37,16 @@ def predictions(folder):
 
 def untimed(folder):
     """results.json without what a clock decides."""
-    return {key: value for key, value in results(folder).items() if key not in ("seconds", "examples_per_second")}
+    return {
+        key: value for key, value in results(folder).items() if key not in ("seconds", "examples_per_second")
+    }
 
 
 def save_byte_level(folder, texts, size=600):
-    """A byte-level BPE as LLaMA 3 has it, with what a careless reader falls for: truncation, padding, and a post-processor."""
+    """A byte-level BPE as LLaMA 3 has it, with what a careless reader falls for.
+
+    Truncation, padding, and a post-processor.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -48,7 +56,9 @@ def save_byte_level(folder, texts, size=600):
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<|begin|>", "<|end|>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
     tokenizer.enable_truncation(16)
     tokenizer.enable_padding(length=32)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -66,31 +76,43 @@ def models(tmp_path_factory):
     spm = SHARED / "llama2" if SHARED.exists() else TINY
     size = 32000 if SHARED.exists() else 2048
     for name, config in {
-        "grouped": tiny_config(vocab_size=size, max_position_embeddings=4096, rope_scaling=scaling, initializer_range=0.3),
-        "byte-level": tiny_config(vocab_size=600, max_position_embeddings=120, tie_word_embeddings=True, initializer_range=0.3),
+        "grouped": tiny_config(
+            vocab_size=size, max_position_embeddings=4096, rope_scaling=scaling, initializer_range=0.3
+        ),
+        "byte-level": tiny_config(
+            vocab_size=600, max_position_embeddings=120, tie_word_embeddings=True, initializer_range=0.3
+        ),
     }.items():
         model = Llama(config)
         model.init_weights(len(name))
         model.save_pretrained(folder / name)
         found[name] = folder / name
     shutil.copy(spm / "tokenizer.model", folder / "grouped")
-    texts = [line for file in sorted(SAMPLE.glob("*/*_Latn/*train.tsv")) for line in file.read_text().splitlines()]
+    texts = [
+        line for file in sorted(SAMPLE.glob("*/*_Latn/*train.tsv")) for line in file.read_text().splitlines()
+    ]
     save_byte_level(folder / "byte-level", texts)
-    # Not transformers 5's LlamaTokenizer: to " travel" it puts no second word start, as SentencePiece and the tokenizer.json of
-    # the official LLaMA 2 do, with which the published figures were made.
+    # Not transformers 5's LlamaTokenizer: to " travel" it puts no second word start, as SentencePiece and the
+    # tokenizer.json of the official LLaMA 2 do, with which the published figures were made.
     encoders = {
         name: sentencepiece.SentencePieceProcessor(str(found[name] / "tokenizer.model")).encode
         for name in ("tiny-llama", "grouped")
     }
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "byte-level/tokenizer.json"))
-    encoders["byte-level"] = lambda text: fast.encode(text, add_special_tokens=False, truncation=False, padding=False)
+    encoders["byte-level"] = lambda text: fast.encode(
+        text, add_special_tokens=False, truncation=False, padding=False
+    )
     return {name: (found[name], encoders[name]) for name in found}
 
 
 REAL = SHARED.exists()
 LANGUAGES = {
-    "sib200": "eng_Latn,tat_Cyrl,hin_Deva,jpn_Jpan,uig_Arab" if REAL else "eng_Latn,swh_Latn,tat_Cyrl,npi_Deva,mya_Mymr",
-    "taxi1500": "eng_Latn,swh_Latn,syr_Syrc,guj_Gujr,est_Latn" if REAL else "eng_Latn,swh_Latn,amh_Ethi,hau_Latn,npi_Deva",
+    "sib200": "eng_Latn,tat_Cyrl,hin_Deva,jpn_Jpan,uig_Arab"
+    if REAL
+    else "eng_Latn,swh_Latn,tat_Cyrl,npi_Deva,mya_Mymr",
+    "taxi1500": "eng_Latn,swh_Latn,syr_Syrc,guj_Gujr,est_Latn"
+    if REAL
+    else "eng_Latn,swh_Latn,amh_Ethi,hau_Latn,npi_Deva",
 }
 
 
@@ -138,7 +160,9 @@ def test_equals_the_published_procedure(models, name, bench, tmp_path):
     assert result["macro"]["accuracy"] == pytest.approx(sum(correct) / 15)
     if name == "byte-level":  # some context was cut
         examples = [
-            context for language in languages.split(",") for *_, context in published.documents(data, bench, language, limit=3)
+            context
+            for language in languages.split(",")
+            for *_, context in published.documents(data, bench, language, limit=3)
         ]
         assert max(len(encode(context)) for context in examples) > 120
 
@@ -147,32 +171,53 @@ def test_every_shot_list_is_the_published_one(tmp_path):
     for data in [SAMPLE] + [SHARED] * SHARED.exists():
         for bench, task in evaluate.TASKS.items():
             for shots, seed in ((3, 1234), (1, 7), (5, 0), (0, 1)):
-                examples = task(data / bench).examples("swh_Latn" if data == SAMPLE else "eng_Latn", shots=shots, seed=seed)
-                expected = published.documents(data / bench, bench, "swh_Latn" if data == SAMPLE else "eng_Latn", shots, seed)
+                examples = task(data / bench).examples(
+                    "swh_Latn" if data == SAMPLE else "eng_Latn", shots=shots, seed=seed
+                )
+                expected = published.documents(
+                    data / bench, bench, "swh_Latn" if data == SAMPLE else "eng_Latn", shots, seed
+                )
                 assert [(e.id, e.label, e.shots, e.context) for e in examples] == \
                     [(row["id"], row["label"], chosen, context) for row, chosen, context in expected]  # fmt: skip
 
 
 @pytest.mark.parametrize("bench", ["nll", "sib200", "taxi1500"])
 def test_without_arguments_the_sample_is_measured_and_called_one(bench, tmp_path):
-    latin = "eng_Latn,swh_Latn,cym_Latn" if bench == "sib200" else ""  # the others are long in the bytes that this model reads
+    latin = (
+        "eng_Latn,swh_Latn,cym_Latn" if bench == "sib200" else ""
+    )  # the others are long in the bytes that this model reads
     lines = succeed("evaluate.py", "--bench", bench, "--langs", latin, cwd=tmp_path).splitlines()
     assert lines[0] == lines[-1] and "sample" in lines[0] and "no score" in lines[0]
-    assert ("python -m mala.tasks download " + bench in lines[0]) == (bench != "nll")
+    assert ("python -m tools.get_benchmark " + bench in lines[0]) == (bench != "nll")
     result = results(tmp_path / "out" / bench)
     assert result["sample"] is True and result["bench"] == bench and result["model"] == str(TINY)
     found = {folder.name for folder in (SAMPLE / ("sib200" if bench == "nll" else bench)).iterdir()}
     assert result["languages"].keys() == (set(latin.split(",")) if latin else found)
     if bench != "nll":
         assert result["shots"] == 3 and result["seed"] == 1234 and result["split"] == "test"
-        assert set(result["languages"]["swh_Latn"]) == {"n", "accuracy", "accuracy_norm", "ci95", "majority", "uniform"}
+        assert set(result["languages"]["swh_Latn"]) == {
+            "n",
+            "accuracy",
+            "accuracy_norm",
+            "ci95",
+            "majority",
+            "uniform",
+        }
         assert (tmp_path / "out" / bench / "results.png").read_bytes()[1:4] == b"PNG"
         assert "above the majority class: " in lines[-3]
     assert result["seconds"] > 0 and result["examples_per_second"] > 0
 
 
 def test_a_second_run_goes_on_where_the_first_stopped(tmp_path):
-    args = ["evaluate.py", "--bench", "sib200", "--limit", 3, "--langs", "swh_Latn,amh_Ethi,eng_Latn,cym_Latn"]
+    args = [
+        "evaluate.py",
+        "--bench",
+        "sib200",
+        "--limit",
+        3,
+        "--langs",
+        "swh_Latn,amh_Ethi,eng_Latn,cym_Latn",
+    ]
     succeed(*args, "--out", tmp_path / "whole")
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED, *map(str, args[1:]), "--out", str(tmp_path / "cut")],
@@ -181,21 +226,42 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path):
     process.wait()
     assert process.returncode == -signal.SIGKILL
     done = sorted((tmp_path / "cut/done").glob("*.json"))
-    assert len(done) == 2 and not (tmp_path / "cut/results.json").exists() and not (tmp_path / "cut/predictions.jsonl").exists()
+    assert (
+        len(done) == 2
+        and not (tmp_path / "cut/results.json").exists()
+        and not (tmp_path / "cut/predictions.jsonl").exists()
+    )
     written = [file.stat().st_mtime_ns for file in done]
     succeed(*args, "--out", tmp_path / "cut")
     assert [file.stat().st_mtime_ns for file in done] == written  # nothing of it was measured again
-    assert (tmp_path / "cut/predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
+    assert (tmp_path / "cut/predictions.jsonl").read_bytes() == (
+        tmp_path / "whole/predictions.jsonl"
+    ).read_bytes()
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
     # More languages, and groups of them, are added to what is there; another model is not taken for this one.
-    succeed(*args[:5], "--langs", "swh_Latn", "amh_Ethi", "hau_Latn", "--group-by", "script", "--out", tmp_path / "cut")
+    succeed(
+        *args[:5],
+        "--langs",
+        "swh_Latn",
+        "amh_Ethi",
+        "hau_Latn",
+        "--group-by",
+        "script",
+        "--out",
+        tmp_path / "cut",
+    )
     assert (
         results(tmp_path / "cut")["groups"].keys() == {"Ethi", "Latn"}
         and len(list((tmp_path / "cut/done").glob("*.json"))) == 5
     )
     before = results(tmp_path / "cut")["macro"]
-    succeed(*args[:5], "--langs", "swh_Latn,amh_Ethi,hau_Latn", "--dtype", "bfloat16", "--out", tmp_path / "cut")
-    assert len(list((tmp_path / "cut/done").glob("*.json"))) == 8 and results(tmp_path / "cut")["macro"].keys() == before.keys()
+    succeed(
+        *args[:5], "--langs", "swh_Latn,amh_Ethi,hau_Latn", "--dtype", "bfloat16", "--out", tmp_path / "cut"
+    )
+    assert (
+        len(list((tmp_path / "cut/done").glob("*.json"))) == 8
+        and results(tmp_path / "cut")["macro"].keys() == before.keys()
+    )
 
 
 # The run is killed, without a chance to tidy up, when it begins to write its third language.
@@ -204,14 +270,14 @@ import os, signal, sys
 sys.argv[0] = "evaluate.py"
 import evaluate
 from mala.cli import run
-write_done, written = evaluate.write_done, []
-def write(file, *rest):
+write_done, written = evaluate.Measurement.write, []
+def write(self, *rest):
     if len(written) == 2:
-        file.with_name(f".{file.name}.tmp").write_text("half")
+        self.file.with_name(f".{self.file.name}.tmp").write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
-    written.append(file)
-    write_done(file, *rest)
-evaluate.write_done = write
+    written.append(self.file)
+    write_done(self, *rest)
+evaluate.Measurement.write = write
 run(evaluate.main)
 """
 
@@ -224,7 +290,9 @@ def test_two_processes_give_the_same_bytes(tmp_path):
     command = [*torchrun, "evaluate.py", *args, "--out", str(tmp_path / "two")]
     started = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert started.returncode == 0, started.stderr
-    assert (tmp_path / "one/predictions.jsonl").read_bytes() == (tmp_path / "two/predictions.jsonl").read_bytes()
+    assert (tmp_path / "one/predictions.jsonl").read_bytes() == (
+        tmp_path / "two/predictions.jsonl"
+    ).read_bytes()
     assert untimed(tmp_path / "one") == untimed(tmp_path / "two")
     assert started.stdout.count("macro-average  ") == 1 and started.stdout.count("is a bundled sample") == 2
 
@@ -253,24 +321,35 @@ def test_seeds_protocols_and_comparison(tmp_path):
     lines = predictions(tmp_path / "both")
     assert [line for line in lines if line["seed"] == 1] == predictions(tmp_path / "1")
     # With --limit every seed asks the same questions, in its own order and after its own shots.
-    ids = [{line["id"] for line in lines if (line["lang"], line["seed"]) == ("swh_Latn", seed)} for seed in (1, 2)]
+    ids = [
+        {line["id"] for line in lines if (line["lang"], line["seed"]) == ("swh_Latn", seed)}
+        for seed in (1, 2)
+    ]
     assert ids[0] == ids[1] and len(ids[0]) == 6
     whole = evaluate.TASKS["sib200"](SAMPLE / "sib200").examples("swh_Latn", seed=2)
     assert [line["id"] for line in lines if (line["lang"], line["seed"]) == ("swh_Latn", 2)] == [
         example.id for example in whole if example.id in ids[0]
     ]
     assert results(tmp_path / "natural")["protocol"] == "natural"
-    assert predictions(tmp_path / "natural")[0]["loglikelihoods"] != predictions(tmp_path / "both")[0]["loglikelihoods"]
+    assert (
+        predictions(tmp_path / "natural")[0]["loglikelihoods"]
+        != predictions(tmp_path / "both")[0]["loglikelihoods"]
+    )
 
     printed = succeed("evaluate.py", "--compare", tmp_path / "1/results.json", tmp_path / "both", "--group-by", "script",
                       "--langs", "swh_Latn,amh_Ethi", "--out", tmp_path / "c")  # fmt: skip
     compared = json.loads((tmp_path / "c/compare.json").read_text())
-    assert compared["languages"].keys() == {"swh_Latn", "amh_Ethi"} and compared["groups"].keys() == {"Latn", "Ethi"}
+    assert compared["languages"].keys() == {"swh_Latn", "amh_Ethi"} and compared["groups"].keys() == {
+        "Latn",
+        "Ethi",
+    }
     assert compared["differing_settings"] == {"seeds": [[1], [1, 2]]} and "seeds: A [1], B [1, 2]" in printed
     swahili = compared["languages"]["swh_Latn"]
     assert swahili["difference"] == pytest.approx(swahili["b"] - swahili["a"]) and 0 <= swahili["p"] <= 1
     with pytest.raises(SystemExit, match="only one benchmark can be compared"):
-        succeed("evaluate.py", "--bench", "nll", "--langs", "swh_Latn", "--limit", 2, "--out", tmp_path / "nll")
+        succeed(
+            "evaluate.py", "--bench", "nll", "--langs", "swh_Latn", "--limit", 2, "--out", tmp_path / "nll"
+        )
         succeed("evaluate.py", "--compare", f"{tmp_path}/1,{tmp_path}/nll")
 
 
@@ -291,13 +370,21 @@ WRONG = {
         {"test": HEADER + "1\ttravel\tx\n2\ttravel\n"},
         r"test\.tsv: line 3 has 2 columns, expected 3",
     ),
-    "a missing column in the header": ("sib200", {"train": "index_id\ttext\n1\tx\n"}, r"train\.tsv: line 1 has 2 columns"),
+    "a missing column in the header": (
+        "sib200",
+        {"train": "index_id\ttext\n1\tx\n"},
+        r"train\.tsv: line 1 has 2 columns",
+    ),
     "another header": (
         "sib200",
         {"train": "id\tcategory\ttext\n"},
         r"train\.tsv: line 1 is 'id category text', expected the header",
     ),
-    "no header": ("sib200", {"test": "1\ttravel\tx\n"}, r"test\.tsv: line 1 is '1 travel x', expected the header"),
+    "no header": (
+        "sib200",
+        {"test": "1\ttravel\tx\n"},
+        r"test\.tsv: line 1 is '1 travel x', expected the header",
+    ),
     "an unknown label": (
         "taxi1500",
         {"test": "1\tFaith\tx\n2\tfaith\ty\n"},
@@ -316,7 +403,11 @@ WRONG = {
         r"swh_Latn_train\.tsv: 2 rows, too few for 3 shots",
     ),
     "no UTF-8": ("taxi1500", {"test": b"1\tFaith\t\xff\n"}, r"swh_Latn_test\.tsv: line 1 is not UTF-8"),
-    "an id twice": ("taxi1500", {"test": "1\tSin\tx\n2\tSin\ty\n1\tSin\tz\n"}, r"line 3 has the id '1' of line 1; every row"),
+    "an id twice": (
+        "taxi1500",
+        {"test": "1\tSin\tx\n2\tSin\ty\n1\tSin\tz\n"},
+        r"line 3 has the id '1' of line 1; every row",
+    ),
 }
 
 
@@ -332,7 +423,9 @@ def test_wrong_data_is_one_sentence_with_file_and_line(case, tmp_path):
 def test_a_row_is_never_shown_before_itself(tmp_path):
     write_task(tmp_path, "taxi1500", train="1\tSin\tx\n", test="1\tSin\tx\n")
     with pytest.raises(SystemExit, match="row 1: every train row is this very row"):
-        succeed("evaluate.py", "--bench", "taxi1500", "--data", tmp_path, "--shots", 1, "--out", tmp_path / "out")
+        succeed(
+            "evaluate.py", "--bench", "taxi1500", "--data", tmp_path, "--shots", 1, "--out", tmp_path / "out"
+        )
 
 
 def test_quotes_tabs_marks_and_line_ends_are_text_or_nothing(tmp_path):
@@ -346,12 +439,23 @@ def test_quotes_tabs_marks_and_line_ends_are_text_or_nothing(tmp_path):
         (tmp_path / name).mkdir()
         write_task(tmp_path / name, "sib200", train=written, test=written)
         task = evaluate.TASKS["sib200"](tmp_path / name)
-        assert [row.text for row in task.rows("swh_Latn", "test")] == ['He said: "go', "a\tb", "'x' {y} {text}", ""]
+        assert [row.text for row in task.rows("swh_Latn", "test")] == [
+            'He said: "go',
+            "a\tb",
+            "'x' {y} {text}",
+            "",
+        ]
         examples = task.examples("swh_Latn")
         assert [e.context for e in examples] == [c for *_, c in published_of(rows)]
-        assert all(example.id not in [str(shot + 1) for shot in example.shots] for example in examples)  # never the row itself
-        succeed("evaluate.py", "--bench", "sib200", "--data", tmp_path / name, "--out", tmp_path / name / "out")
-    assert (tmp_path / "plain/out/predictions.jsonl").read_bytes() == (tmp_path / "marked/out/predictions.jsonl").read_bytes()
+        assert all(
+            example.id not in [str(shot + 1) for shot in example.shots] for example in examples
+        )  # never the row itself
+        succeed(
+            "evaluate.py", "--bench", "sib200", "--data", tmp_path / name, "--out", tmp_path / name / "out"
+        )
+    assert (tmp_path / "plain/out/predictions.jsonl").read_bytes() == (
+        tmp_path / "marked/out/predictions.jsonl"
+    ).read_bytes()
 
 
 def published_of(rows):
@@ -364,7 +468,9 @@ def published_of(rows):
         yield (
             docs[number],
             chosen,
-            "\n".join([*(f"{ask(docs[i]['text'])} {docs[i]['label']}" for i in chosen), ask(docs[number]["text"])]),
+            "\n".join(
+                [*(f"{ask(docs[i]['text'])} {docs[i]['label']}" for i in chosen), ask(docs[number]["text"])]
+            ),
         )
 
 
@@ -429,7 +535,8 @@ def cached(models, tmp_path, monkeypatch):
     """The hub's cache as huggingface_hub leaves it: org/model, and org/adapter, which was made for it."""
     import huggingface_hub
 
-    from mala.lora import LoRAConfig, add_lora, save_adapter
+    from mala.lora import LoRAConfig, add_lora
+    from mala.storage.peft_adapter import save_adapter
 
     def store(name):
         folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
@@ -447,8 +554,12 @@ def cached(models, tmp_path, monkeypatch):
 
 
 def test_what_is_done_is_taken_only_for_what_it_is(tmp_path):
-    """The same --out for models that differ in a last row, a setting, an adapter's scaling: each is measured anew."""
-    from mala.lora import LoRAConfig, add_lora, save_adapter
+    """The same --out for models that differ in a last row, a setting, an adapter's scaling.
+
+    Each is measured anew.
+    """
+    from mala.lora import LoRAConfig, add_lora
+    from mala.storage.peft_adapter import save_adapter
 
     args = ["evaluate.py", "--bench", "nll", "--langs", "swh_Latn", "--limit", 2]
 
@@ -496,9 +607,19 @@ def test_figures_that_are_no_numbers_are_refused(tmp_path):
     model.save_pretrained(tmp_path / "model")
     shutil.copy(TINY / "tokenizer.model", tmp_path / "model")
     for bench in ("nll", "taxi1500"):
-        with pytest.raises(SystemExit, match="swh_Latn: a log-likelihood of text 0 is nan; .* try --dtype float32"):
+        with pytest.raises(
+            SystemExit, match="swh_Latn: a log-likelihood of text 0 is nan; .* try --dtype float32"
+        ):
             succeed(
-                "evaluate.py", "--bench", bench, "--model", tmp_path / "model", "--langs", "swh_Latn", "--out", tmp_path / "out"
+                "evaluate.py",
+                "--bench",
+                bench,
+                "--model",
+                tmp_path / "model",
+                "--langs",
+                "swh_Latn",
+                "--out",
+                tmp_path / "out",
             )
     assert not (tmp_path / "out/results.json").exists() and not list((tmp_path / "out").glob("done/*.json"))
 
@@ -513,13 +634,27 @@ def test_names_of_the_hub_and_byte_level_tokenizers(cached, models, tmp_path):
     args = ["evaluate.py", "--bench", "taxi1500", "--langs", "swh_Latn", "--limit", 2]
     succeed(*args, "--model", models["byte-level"][0], "--out", tmp_path / "folder")
     succeed(*args, "--model", "org/model", "--out", tmp_path / "name")
-    assert (tmp_path / "folder/predictions.jsonl").read_bytes() == (tmp_path / "name/predictions.jsonl").read_bytes()
-    succeed(*args, "--adapter", "org/adapter", "--out", tmp_path / "adapter")  # and its base, by the adapter's own word
+    assert (tmp_path / "folder/predictions.jsonl").read_bytes() == (
+        tmp_path / "name/predictions.jsonl"
+    ).read_bytes()
+    succeed(
+        *args, "--adapter", "org/adapter", "--out", tmp_path / "adapter"
+    )  # and its base, by the adapter's own word
     assert results(tmp_path / "adapter")["model"].endswith("models--org--model/snapshots/" + "0" * 40)
     assert (tmp_path / "folder/predictions.jsonl").read_bytes() == (
         tmp_path / "adapter/predictions.jsonl"
     ).read_bytes()  # B is 0
     succeed(
-        "evaluate.py", "--bench", "nll", "--model", "org/model", "--langs", "swh_Latn", "--limit", 2, "--out", tmp_path / "nll"
+        "evaluate.py",
+        "--bench",
+        "nll",
+        "--model",
+        "org/model",
+        "--langs",
+        "swh_Latn",
+        "--limit",
+        2,
+        "--out",
+        tmp_path / "nll",
     )
     assert results(tmp_path / "nll")["languages"]["swh_Latn"]["tokens"] > 20

@@ -1,4 +1,4 @@
-"""mala.fetch and the downloads of mala.tasks, against a server on this machine that can drop, damage and hold back."""
+"""tools.fetch and tools.get_benchmark, against a server here that can drop, damage and hold back."""
 
 import functools
 import hashlib
@@ -16,10 +16,11 @@ import zipfile
 import pytest
 from tqdm import tqdm
 
-from mala import fetch, tasks
+from mala.benchmarks.tasks import SIB200, Taxi1500
 from mala.cli import UserError, run
-from mala.fetch import File, download, download_all, list_files
-from mala.tasks import SIB200, Taxi1500, download_sib200, download_taxi1500
+from tools import fetch, get_benchmark
+from tools.fetch import File, download, download_all, list_files
+from tools.get_benchmark import download_sib200, download_taxi1500
 
 BODY = random.Random(0).randbytes(300_000)
 
@@ -33,7 +34,7 @@ CHECKS = dict(size=len(BODY), checksum=GIT)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Sends `files[address]` of its server, as `plans[address]` says of the next requests; the last step stays."""
+    """Sends `files[address]` of its server, as `plans[address]` says in turn; the last step stays."""
 
     def log_message(self, *_):
         pass
@@ -65,7 +66,8 @@ def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *_: None  # a connection that the client broke off
     server.url = f"http://127.0.0.1:{server.server_port}"
-    server.files, server.links, server.plans, server.log = {"/file": BODY}, {}, {}, []  # log: (address, Range)
+    server.files, server.links, server.plans = {"/file": BODY}, {}, {}
+    server.log = []  # (address, Range)
     threading.Thread(target=server.serve_forever, args=[0.01]).start()
     yield server
     server.shutdown()
@@ -86,8 +88,9 @@ def get(url, path, **checks):
 def test_whole_files(server, tmp_path):
     for name, body, step in (("a", BODY, {}), ("b", BODY, {"no_length": True}), ("c", b"", {})):
         server.files["/file"], server.plans["/file"] = body, [step]
-        assert get(server.url + "/file", tmp_path / "new" / name, size=len(body), checksum=git_sha(body)) == len(body)
-        assert (tmp_path / "new" / name).read_bytes() == body
+        path, checks = tmp_path / "new" / name, dict(size=len(body), checksum=git_sha(body))
+        assert get(server.url + "/file", path, **checks) == len(body)
+        assert path.read_bytes() == body
     assert ranges(server) == [None] * 3 and sorted(os.listdir(tmp_path / "new")) == ["a", "b", "c"]
 
 
@@ -114,7 +117,8 @@ def test_a_part_that_cannot_be_continued(server, tmp_path, step, size):
 @pytest.mark.parametrize("right", [{"size": len(BODY)}, {"checksum": GIT}, {"checksum": SHA256}], ids=str)
 def test_wrong_size_or_checksum(server, tmp_path, right):
     server.plans["/file"] = [{"body": BODY[:-1] if "size" in right else b"x" + BODY[1:]}, {}]
-    with pytest.raises(UserError, match=r"/file: has .*expected (300,000|[0-9a-f]{40,64}).*; it is deleted: give the command"):
+    message = r"/file: has .*expected (300,000|[0-9a-f]{40,64}).*; it is deleted: give the command"
+    with pytest.raises(UserError, match=message):
         get(server.url + "/file", tmp_path / "file", **right)
     assert os.listdir(tmp_path) == []
     for _ in range(2):  # once there, it is not asked for again
@@ -130,10 +134,12 @@ def test_errors_in_one_sentence(server, tmp_path):
         get(server.url + "/none", tmp_path / "none")
     assert len(server.log) == 1  # another try would be in vain
     server.plans["/file"] = [{"drop": 1000, "no_range": True}]
-    with pytest.raises(UserError, match=r"/file: .*broke off after 1,000 of 300,000 bytes.*check the network and give"):
+    message = r"/file: .*broke off after 1,000 of 300,000 bytes.*check the network and give"
+    with pytest.raises(UserError, match=message):
         get(server.url + "/file", tmp_path / "b")
     assert ranges(server) == [None, *["bytes=1000-"] * 3]
-    with pytest.raises(UserError, match=r"^http://127.0.0.1:9/x: the connection failed \(.*refused\).*check the network"):
+    message = r"^http://127.0.0.1:9/x: the connection failed \(.*refused\).*check the network"
+    with pytest.raises(UserError, match=message):
         get("http://127.0.0.1:9/x", tmp_path / "x")
     assert os.listdir(tmp_path) == [".b.part"]
     with pytest.raises(UserError, match="b.part/a: Not a directory; make room, or name another folder"):
@@ -151,7 +157,8 @@ def dribble(handler):
 
 
 def test_ctrl_c_leaves_the_parts(server, tmp_path):
-    together = threading.Barrier(3, action=lambda: os.kill(os.getpid(), signal.SIGINT), timeout=5)  # three files at a time
+    three_at_a_time, interrupt = 3, lambda: os.kill(os.getpid(), signal.SIGINT)
+    together = threading.Barrier(three_at_a_time, action=interrupt, timeout=5)
 
     def then(handler):
         part = tmp_path / f".{handler.path[1:]}.part"
@@ -181,7 +188,8 @@ def test_many_files_and_a_bar(server, tmp_path, monkeypatch):
         wanted[tmp_path / str(i)] = File(f"{server.url}/{i}", 1000 * i, git_sha(BODY[: 1000 * i]))
     for _ in range(2):
         download_all(wanted)
-        assert all((tmp_path / str(i)).read_bytes() == BODY[: 1000 * i] for i in range(12)) and len(server.log) == 12
+        assert all((tmp_path / str(i)).read_bytes() == BODY[: 1000 * i] for i in range(12))
+        assert len(server.log) == 12
     assert "/66.0k [" in terminal.getvalue()
 
 
@@ -201,12 +209,20 @@ def entry(path, data, **more):
 
 def test_listings(server):
     lfs = {"oid": "ab" * 32, "size": 5 * 10**9, "pointerSize": 135}
-    pages = [[entry("a/1", b"1"), {"type": "directory", "path": "a", "oid": "0"}], [entry("b/2", b"22", lfs=lfs)], []]
+    pages = [
+        [entry("a/1", b"1"), {"type": "directory", "path": "a", "oid": "0"}],
+        [entry("b/2", b"22", lfs=lfs)],
+        [],
+    ]
     for number, page in enumerate(pages):
         server.files[f"/list?page={number}"] = json.dumps(page).encode()
-        server.links[f"/list?page={number - 1}"] = f'<{server.url}/>; rel="prev", <{server.url}/list?page={number}>; rel="next"'
+        link = f'<{server.url}/>; rel="prev", <{server.url}/list?page={number}>; rel="next"'
+        server.links[f"/list?page={number - 1}"] = link
     server.plans["/list?page=1"] = [{"status": 503}, {"drop": 20}, {}]
-    assert list_files(server.url + "/list?page=0") == {"a/1": File("", 1, git_sha(b"1")), "b/2": File("", 5 * 10**9, "ab" * 32)}
+    assert list_files(server.url + "/list?page=0") == {
+        "a/1": File("", 1, git_sha(b"1")),
+        "b/2": File("", 5 * 10**9, "ab" * 32),
+    }
     for answer in (b"<html>", b'{"error": "x"}', b"[1]", b'[{"type": "file"}]', b"null", b"\xff"):
         server.files["/list"] = answer
         with pytest.raises(UserError, match="/list: found .*expected a JSON list of files; open it"):
@@ -214,8 +230,8 @@ def test_listings(server):
 
 
 def command(monkeypatch, line):
-    monkeypatch.setattr(sys, "argv", ["tasks", *line.split()])
-    run(tasks.main)
+    monkeypatch.setattr(sys, "argv", ["get_benchmark", *line.split()])
+    run(get_benchmark.main)
 
 
 def test_sib200(server, tmp_path, monkeypatch, capsys):
@@ -228,20 +244,23 @@ def test_sib200(server, tmp_path, monkeypatch, capsys):
     address = "/api/datasets/Davlan/sib200/tree/main/data?recursive=true"
     server.files[address] = json.dumps(listing).encode()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks, "download_sib200", functools.partial(download_sib200, hub=server.url))
+    monkeypatch.setattr(get_benchmark, "download_sib200", functools.partial(download_sib200, hub=server.url))
 
-    command(monkeypatch, "download sib200")
+    command(monkeypatch, "sib200")
     assert SIB200(tmp_path / "data/sib200").rows("bbb_Cyrl", "dev")[0].text == 'bbb_Cyrl dev "жёлтый'
     assert capsys.readouterr().out.splitlines() == [
         "left out ddd_Latn: not all of its splits are published",
         "data/sib200: wrote 3 languages: aaa_Latn, bbb_Cyrl, ccc_Arab",
         "evaluate: python evaluate.py --bench sib200",
     ]
-    command(monkeypatch, "download sib200 --langs ccc_Arab,aaa_Latn --out else")
+    command(monkeypatch, "sib200 --langs ccc_Arab,aaa_Latn --out else")
     assert SIB200(tmp_path / "else").languages() == ["aaa_Latn", "ccc_Arab"]
-    for language, message in {"xyz_Latn": "no language 'xyz_Latn'", "ddd_Latn": "none: no language could be written"}.items():
+    for language, message in {
+        "xyz_Latn": "no language 'xyz_Latn'",
+        "ddd_Latn": "none: no language could be written",
+    }.items():
         with pytest.raises(SystemExit, match=message):
-            command(monkeypatch, f"download sib200 --langs {language} --out none")
+            command(monkeypatch, f"sib200 --langs {language} --out none")
 
 
 IDS = [f"40{i:06}" for i in range(1, 1001)]
@@ -258,13 +277,15 @@ def taxi1500(server):
     """download_taxi1500, from labels and an archive on `server`."""
     listing = [{"type": "dir", "path": "eng_data/x"}]
     for split, ids in SPLITS.items():
-        text = "\n".join(f"{id}\t{Taxi1500.labels[int(id) % 6]}\tverse {id}" for id in ids).encode()  # no newline at the end
+        lines = [f"{id}\t{Taxi1500.labels[int(id) % 6]}\tverse {id}" for id in ids]
+        text = "\n".join(lines).encode()  # no newline at the end
         server.files[f"/raw/{split}"] = text
-        listing.append({"type": "file", "path": f"eng_data/eng_{split}.tsv", "size": len(text), "sha": git_sha(text),
-                        "download_url": f"{server.url}/raw/{split}"})  # fmt: skip
+        file = {"type": "file", "path": f"eng_data/eng_{split}.tsv", "size": len(text), "sha": git_sha(text)}
+        listing.append(file | {"download_url": f"{server.url}/raw/{split}"})
     server.files[LISTING] = json.dumps(listing).encode()
+    header = "# language_name: x\n# closest ISO 639-3: swh\n# ISO 15924: Latn\n"
     editions = {
-        "swh-x-bible.txt": "# language_name: x\n# closest ISO 639-3: swh\n# ISO 15924: Latn\n" + verses("mstari", IDS[:950]),
+        "swh-x-bible.txt": header + verses("mstari", IDS[:950]),
         "swh_swhulb.ebible.txt": verses("aya", IDS[::-1]).replace("\n", "\r\n") + "41001001\tzaidi\r\n",
         "heb-x-bible.txt": "\ufeff" + verses("פסוק", IDS[:-100] + IDS[-50:]),
         "xxx-x-bible.txt": verses("too few", IDS[200:]),
@@ -284,23 +305,31 @@ def taxi1500(server):
 def test_taxi1500(server, taxi1500, tmp_path, capsys):
     server.plans["/Bibles.zip"] = [{"drop": 1000}, {}]
     written, left_out = taxi1500(tmp_path)
-    assert written == ["eng_Latn", "heb_Hebr", "swh_Latn"] == Taxi1500(tmp_path).languages() == sorted(os.listdir(tmp_path))
-    assert left_out.pop("yyy-x-bible.txt").startswith("Taxi1500-c/yyy-x-bible.txt: line 1001 begins with 'no verse', expected")
-    assert left_out.pop("Bible.txt").startswith("Taxi1500-c/Bible.txt: its language is not to be found; let the file's name")
+    assert written == ["eng_Latn", "heb_Hebr", "swh_Latn"]
+    assert written == Taxi1500(tmp_path).languages() == sorted(os.listdir(tmp_path))
+    why = left_out.pop("yyy-x-bible.txt")
+    assert why.startswith("Taxi1500-c/yyy-x-bible.txt: line 1001 begins with 'no verse', expected")
+    why = left_out.pop("Bible.txt")
+    assert why.startswith("Taxi1500-c/Bible.txt: its language is not to be found; let the file's name")
     assert left_out == {"xxx_Latn": "it has 800 labelled verses, fewer than 900"}
     task = Taxi1500(tmp_path)
-    assert [(row.id, row.text) for row in task.rows("swh_Latn", "test")] == [(id, f"aya {id}") for id in SPLITS["test"]]
-    assert [row.text for row in task.rows("heb_Hebr", "test")] == [f"פסוק {id}" for id in SPLITS["test"][-50:]]
+    swahili, hebrew = task.rows("swh_Latn", "test"), task.rows("heb_Hebr", "test")
+    assert [(row.id, row.text) for row in swahili] == [(id, f"aya {id}") for id in SPLITS["test"]]
+    assert [row.text for row in hebrew] == [f"פסוק {id}" for id in SPLITS["test"][-50:]]
     assert (tmp_path / "eng_Latn/eng_Latn_dev.tsv").read_bytes() == server.files["/raw/dev"] + b"\n"
-    assert ".Bibles.zip: deleted" in capsys.readouterr().out and ranges(server, "/Bibles.zip") == [None, "bytes=1000-"]
+    assert ".Bibles.zip: deleted" in capsys.readouterr().out
+    assert ranges(server, "/Bibles.zip") == [None, "bytes=1000-"]
 
 
 def test_taxi1500_of_some_languages(server, taxi1500, tmp_path):
     assert taxi1500(tmp_path / "a", ["eng_Latn"]) == (["eng_Latn"], {}) and not ranges(server, "/Bibles.zip")
-    assert taxi1500(tmp_path / "b", ["swh_Latn"]) == (["swh_Latn"], {}) and os.listdir(tmp_path / "b") == ["swh_Latn"]
-    with pytest.raises(UserError, match="there is no language 'swh_Arab'; it holds eng_Latn, heb_Hebr, swh_Latn, xxx_Latn"):
+    assert taxi1500(tmp_path / "b", ["swh_Latn"]) == (["swh_Latn"], {})
+    assert os.listdir(tmp_path / "b") == ["swh_Latn"]
+    message = "there is no language 'swh_Arab'; it holds eng_Latn, heb_Hebr, swh_Latn, xxx_Latn"
+    with pytest.raises(UserError, match=message):
         taxi1500(tmp_path / "d", ["swh_Arab"])
-    assert taxi1500(tmp_path / "d", ["xxx_Latn"]) == ([], {"xxx_Latn": "it has 800 labelled verses, fewer than 900"})
+    few = {"xxx_Latn": "it has 800 labelled verses, fewer than 900"}
+    assert taxi1500(tmp_path / "d", ["xxx_Latn"]) == ([], few)
     assert os.listdir(tmp_path / "d") == [".Bibles.zip"]  # a build that failed does not cost the download
     assert taxi1500(tmp_path / "d", ["heb_Hebr"])[0] == ["heb_Hebr"] == os.listdir(tmp_path / "d")
     assert ranges(server, "/Bibles.zip") == [None] * 2
@@ -312,7 +341,8 @@ def test_taxi1500_from_a_damaged_source(server, taxi1500, tmp_path):
     flipped = whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
     for damaged in (flipped, b"<html>no archive</html>", whole[:-2000]):
         server.files["/Bibles.zip"] = damaged
-        with pytest.raises(UserError, match=r"\.Bibles\.zip: damaged \(.*\) and deleted; give the command again"):
+        message = r"\.Bibles\.zip: damaged \(.*\) and deleted; give the command again"
+        with pytest.raises(UserError, match=message):
             taxi1500(tmp_path)
         assert os.listdir(tmp_path) == []
     server.files[LISTING] = json.dumps(json.loads(server.files[LISTING])[:3]).encode()

@@ -1,4 +1,7 @@
-"""mala.generate: greedy decoding against transformers, sampling against its distribution, and as a user types it."""
+"""mala.generate.
+
+Greedy decoding against transformers, sampling against its distribution, and as a user types it.
+"""
 
 import runpy
 import subprocess
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from mala.cli import UserError
 from mala.generate import draw, generate, stream
 from mala.model import Llama
-from mala.tokenizer import Tokenizer
+from mala.words.tokenizer import Tokenizer
 
 TINY = ROOT / "assets/tiny-llama"
 TOKENIZER = Tokenizer.from_pretrained(TINY)
@@ -26,7 +29,9 @@ def test_the_likeliest_tokens_are_transformers():
     reference = transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     for prompt in ("The river", "Health", "a"):
         ids = TOKENIZER.encode(prompt, bos=True)
-        expected = reference.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
+        expected = reference.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[
+            0, len(ids) :
+        ].tolist()
         ours = list(generate(model, ids, 40, temperature=0))
         assert ours == [token for token in expected if token != model.config.eos_token_id] and len(ours) > 5
 
@@ -38,18 +43,27 @@ def test_it_ends_where_the_text_ends_and_refuses_what_does_not_fit():
     assert whole == list(generate(model, [1, 5], 30, seed=3)) != list(generate(model, [1, 5], 30, seed=4))
     model.config.eos_token_id = [29, whole[3]]
     assert list(generate(model, [1, 5], 30, seed=3)) == whole[: whole.index(whole[3])]
-    with pytest.raises(UserError, match="a prompt of 40 tokens and 25 new ones are more than the model's context of 64"):
+    with pytest.raises(
+        UserError, match="a prompt of 40 tokens and 25 new ones are more than the model's context of 64"
+    ):
         next(generate(model, [1] * 40, 25))
 
 
 def test_tokens_are_drawn_with_their_probabilities_from_the_nucleus():
     p = torch.tensor([0.02, 0.5, 0.3, 0.18])
     generator = torch.Generator().manual_seed(0)
-    for temperature, top_p, kept in ((1.0, 1.0, [0, 1, 2, 3]), (1.0, 0.75, [1, 2]), (0.5, 0.99, [1, 2, 3]), (1.0, 0.4, [1])):
+    for temperature, top_p, kept in (
+        (1.0, 1.0, [0, 1, 2, 3]),
+        (1.0, 0.75, [1, 2]),
+        (0.5, 0.99, [1, 2, 3]),
+        (1.0, 0.4, [1]),
+    ):
         drawn = torch.tensor([draw(p.log() + 7, temperature, top_p, generator) for _ in range(3000)])
         expected = torch.zeros(4)
         expected[kept] = p[kept] ** (1 / temperature)
-        assert torch.bincount(drawn, minlength=4) / 3000 == pytest.approx((expected / expected.sum()).numpy(), abs=0.03)
+        assert torch.bincount(drawn, minlength=4) / 3000 == pytest.approx(
+            (expected / expected.sum()).numpy(), abs=0.03
+        )
         assert set(drawn.tolist()) <= set(kept)
 
 
@@ -73,7 +87,11 @@ def test_as_a_user_types_it(tmp_path, monkeypatch, capsys):
 
     printed = run("--prompt", "The river", "--max-tokens", "12")
     assert printed.startswith("The river") and printed.endswith("\n") and len(printed) > 20
-    assert printed == run("--prompt", "The river", "--max-tokens", "12") != run("--prompt", "The river", "--seed", "5")
+    assert (
+        printed
+        == run("--prompt", "The river", "--max-tokens", "12")
+        != run("--prompt", "The river", "--seed", "5")
+    )
     for option, value, sentence in [
         ("--top-p", "0", "top_p 0.0; expected"),
         ("--model", "nowhere", "nowhere/config.json: there is no"),
@@ -81,5 +99,7 @@ def test_as_a_user_types_it(tmp_path, monkeypatch, capsys):
     ]:
         with pytest.raises(SystemExit, match=sentence):
             run(option, value)
-    done = subprocess.run([sys.executable, "-m", "mala.generate", "--top-p", "2"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mala.generate", "--top-p", "2"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

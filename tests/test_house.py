@@ -2,33 +2,55 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-FILES = sorted([*ROOT.glob("mala/*.py"), ROOT / "train.py", ROOT / "evaluate.py"])
-FILES = [file for file in FILES if file.name != "__init__.py"]
-names = [str(file.relative_to(ROOT)) for file in FILES]
+SCRIPTS = [ROOT / "train.py", ROOT / "evaluate.py"]
+PACKAGE = sorted(ROOT.glob("mala/**/*.py"))
+FILES = sorted([*(file for file in PACKAGE if file.name != "__init__.py"), *SCRIPTS])
+TOOLS = sorted(file for file in ROOT.glob("tools/*.py") if file.name != "__init__.py")
 
 
-def house_map() -> list[set[str]]:
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+names = [name_of(file) for file in FILES]
+
+
+def house_map() -> list[list[str]]:
     """The rows of the map in README.md, "The house", from the top: the files that each names."""
-    block = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## The house: a map of the code\n")[1].split("\n\n")[0]
-    rows = [set(re.findall(r"(?:mala/)?\w+\.py", line)) for line in block.splitlines()]
-    return [row for row in rows if row]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("\n## The house: a map of the code\n")[1].split("\n\n")[0]
+    rows = [re.findall(r"[\w/]+\.py", line) for line in block.splitlines()]
+    return [[name if (ROOT / name) in SCRIPTS else f"mala/{name}" for name in row] for row in rows if row]
 
 
-def imports(tree: ast.Module) -> set[str]:
-    """The files of this project that one imports, wherever in it the import stands."""
+def is_main_guard(node: ast.AST) -> bool:
+    """`if __name__ == "__main__":`, whose block runs only when the file is a command."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+def imports(node: ast.AST, in_function: bool = False) -> set[tuple[str, bool]]:
+    """(a dotted name that is imported, is that within a function?), for all imports below `node`."""
     found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "mala":
-            found |= {f"mala/{alias.name}.py" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mala."):
-            found.add(f"mala/{node.module.split('.')[1]}.py")
-        elif isinstance(node, ast.Import):
-            found |= {f"{alias.name.replace('.', '/')}.py" for alias in node.names if alias.name.split(".")[0] == "mala"}
+    for child in ast.iter_child_nodes(node):
+        if is_main_guard(child):
+            continue
+        if isinstance(child, ast.ImportFrom):
+            assert not child.level, "an import from `.` hides what is imported"
+            found |= {(child.module, in_function)}
+            found |= {(f"{child.module}.{alias.name}", in_function) for alias in child.names}
+        elif isinstance(child, ast.Import):
+            found |= {(alias.name, in_function) for alias in child.names}
+        found |= imports(child, in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
     return found
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def test_the_map_shows_every_file_once():
@@ -38,38 +60,73 @@ def test_the_map_shows_every_file_once():
 
 @pytest.mark.parametrize("file", FILES, ids=names)
 def test_imports_run_downward(file):
-    rows = house_map()
-    level = {name: number for number, row in enumerate(rows) for name in row}
-    own = str(file.relative_to(ROOT))
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    upward = {name for name in imports(tree) if level[name] <= level[own]}
+    level = {name: number for number, row in enumerate(house_map()) for name in row}
+    own = name_of(file)
+    imported = {f"{module.replace('.', '/')}.py" for module, _ in imports(parse(file))} & set(names)
+    upward = {name for name in imported if level[name] <= level[own]}
     assert not upward, f"{own} imports {upward}, which the map does not show below it"
 
 
 @pytest.mark.parametrize("file", FILES, ids=names)
-def test_a_file_is_read_in_one_sitting(file):
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
+def test_the_package_stands_without_tools(file):
+    """Downloads and pictures: the scripts draw, and one command of mala.vocab, when it is asked to."""
+    for module, in_function in imports(parse(file)):
+        if module.split(".")[0] == "tools":
+            may = file in SCRIPTS or name_of(file) == "mala/vocab.py" and in_function
+            assert may, f"{name_of(file)} imports {module}"
 
 
-def calls(file) -> list[tuple[int, str, ast.Call]]:
+@pytest.mark.parametrize("file", [*FILES, *TOOLS], ids=map(name_of, [*FILES, *TOOLS]))
+def test_a_file_is_read_in_one_sitting_and_a_function_at_a_glance(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 350
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            assert node.end_lineno - first + 1 <= 80, f"{file.name}:{first}: {node.name}"
+
+
+def test_the_package_is_small():
+    assert len([entry for entry in (ROOT / "mala").iterdir() if entry.name != "__pycache__"]) <= 14
+    texts = [file.read_text(encoding="utf-8") for file in [*PACKAGE, *SCRIPTS]]
+    assert sum(text.count("# fmt: skip") for text in texts) < 15
+    assert sum(len(text.splitlines()) for text in texts) <= 5500
+
+
+def calls(file: Path) -> list[tuple[int, str, ast.Call]]:
     """(line, what is called, the call) of a file: `torch.load`, `open`, `write_text` …"""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = [node for node in ast.walk(parse(file)) if isinstance(node, ast.Call)]
     return [(node.lineno, ast.unparse(node.func), node) for node in found]
 
 
-@pytest.mark.parametrize("file", FILES, ids=names)
+ENDS = {
+    "sys.exit": "mala/cli.py",
+    "exit": "mala/cli.py",
+    "os._exit": "mala/data.py",
+}  # the latter: a worker process
+WRITERS = (  # safe files; safetensors, tensor by tensor; metrics.jsonl, line by line; a download's part
+    "mala/storage/files.py",
+    "mala/storage/weights.py",
+    "mala/running/run_log.py",
+    "tools/fetch.py",
+)
+
+
+@pytest.mark.parametrize("file", [*FILES, *TOOLS], ids=map(name_of, [*FILES, *TOOLS]))
 def test_there_is_one_way_to_fail_and_one_way_to_write(file):
     for line, called, call in calls(file):
-        place = f"{file.name}:{line}"
-        if called in ("sys.exit", "exit", "os._exit"):
-            assert file.name in ("cli.py", "data.py"), (
-                f"{place}: a user's mistake is a UserError; only mala/cli.py ends the program"
-            )
+        place = f"{name_of(file)}:{line}"
+        if called in ENDS:
+            may = name_of(file) == ENDS[called]
+            assert may, f"{place}: a user's mistake is a UserError; only mala/cli.py ends the program"
         if called == "open":
-            mode = call.args[1].value if len(call.args) > 1 and isinstance(call.args[1], ast.Constant) else "r"
-            writers = ("checkpoint.py", "fetch.py", "log.py")  # safe files; a download's part; metrics.jsonl, line by line
-            assert mode in ("r", "rb") or file.name in writers, f"{place}: write through atomic_file of mala/checkpoint.py"
+            mode = (
+                call.args[1].value if len(call.args) > 1 and isinstance(call.args[1], ast.Constant) else "r"
+            )
+            may = mode in ("r", "rb") or name_of(file) in WRITERS
+            assert may, f"{place}: write through atomic_file of mala/storage/files.py"
         if called.endswith(("torch.load", "pickle.load", "pickle.loads", "np.load")):
-            safe = any(keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in call.keywords)
+            safe = any(
+                keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True"
+                for keyword in call.keywords
+            )
             assert called == "torch.load" and safe, f"{place}: a pickle can run any code"

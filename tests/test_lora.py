@@ -1,4 +1,4 @@
-"""mala.lora against PEFT."""
+"""mala.lora and mala.storage.peft_adapter against PEFT."""
 
 import dataclasses
 import json
@@ -13,19 +13,9 @@ from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
 from mala.cli import UserError
-from mala.lora import (
-    LoRAConfig,
-    add_lora,
-    load_adapter,
-    main,
-    merge_checkpoint,
-    merge_lora,
-    parameter_report,
-    save_adapter,
-    trainable_parameters,
-    unmerge_lora,
-)
+from mala.lora import LoRAConfig, add_lora, merge_lora, parameter_report, trainable_parameters
 from mala.model import Llama, LlamaConfig
+from mala.storage.peft_adapter import load_adapter, main, merge_checkpoint, save_adapter
 
 MALA = LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.0)
 
@@ -49,7 +39,10 @@ def tokens():
 
 def peft_model(base, config: LoRAConfig = MALA, **changes):
     model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
+    settings = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(config).items()
+    }
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **{**settings, **changes}))
 
 
@@ -99,7 +92,9 @@ def test_the_file_holds_the_keys_and_shapes_that_peft_writes(base, tokens, tmp_p
     add_lora(model, MALA)
     save_adapter(model, tmp_path / "ours")
     ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
-    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
+        k: (v.shape, v.dtype) for k, v in theirs.items()
+    }
 
 
 def copy_start(model, reference):
@@ -108,7 +103,9 @@ def copy_start(model, reference):
     pairs = []
     for name, parameter in trainable_parameters(model).items():
         module, _, leaf = name.rpartition(".")
-        theirs_name = {"weight": f"{module}.modules_to_save.default.weight"}.get(leaf, f"{name}.default.weight")
+        theirs_name = {"weight": f"{module}.modules_to_save.default.weight"}.get(
+            leaf, f"{name}.default.weight"
+        )
         pairs.append((parameter, theirs["base_model.model." + theirs_name]))
         if leaf == "lora_A":
             parameter.data.copy_(pairs[-1][1].data)
@@ -128,7 +125,10 @@ def test_training_is_pefts_training(base, tokens):
 
 
 def test_dropout_has_pefts_distribution(base, tokens):
-    """One layer, one input, many draws: mean and covariance of the output, and the share of an input that is dropped."""
+    """One layer, one input, many draws.
+
+    Mean and covariance of the output, and the share of an input that is dropped.
+    """
     config = LoRAConfig(lora_dropout=0.3, modules_to_save=())
     model, reference = Llama.from_pretrained(base), peft_model(base, config)
     add_lora(model, config)
@@ -144,7 +144,9 @@ def test_dropout_has_pefts_distribution(base, tokens):
         a, b = ours(x).double(), theirs(x).double()
     scale = a.std(0) / 20_000**0.5
     assert ((a.mean(0) - b.mean(0)).abs() < 6 * scale).all()
-    assert ((a.mean(0) - ours.eval()(x[:1]).double()).abs() < 6 * scale).all()  # dropout leaves the mean as it is
+    assert (
+        (a.mean(0) - ours.eval()(x[:1]).double()).abs() < 6 * scale
+    ).all()  # dropout leaves the mean as it is
     assert (torch.cov(a.T) - torch.cov(b.T)).norm() < 0.05 * torch.cov(b.T).norm()
     assert not torch.equal(a, b)
 
@@ -159,7 +161,11 @@ def test_only_the_adapter_trains_and_in_float32(base, tokens):
     assert all(p.dtype == torch.float32 for p in trainable_parameters(model).values())
     losses = train(model, tokens, steps=30)
     assert losses[-1] < losses[0] - 1
-    assert all(torch.equal(p, frozen[n]) and p.dtype == torch.bfloat16 for n, p in model.named_parameters() if n in frozen)
+    assert all(
+        torch.equal(p, frozen[n]) and p.dtype == torch.bfloat16
+        for n, p in model.named_parameters()
+        if n in frozen
+    )
 
 
 def test_a_new_adapter_changes_nothing_and_dropout_only_training(base, tokens):
@@ -175,32 +181,24 @@ def test_a_new_adapter_changes_nothing_and_dropout_only_training(base, tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_and_unmerge(dtype, base, tokens, tmp_path):
+def test_merge(dtype, base, tokens, tmp_path):
     model = Llama.from_pretrained(base, dtype)
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     add_lora(model, MALA)
     train(model, tokens)
     model.eval()
     expected = model(tokens)
+    adapted = model.model["layers"][1].self_attn.v_proj
     merge_lora(model)
     layer = model.model["layers"][1].self_attn.v_proj
     assert type(layer) is torch.nn.Linear and layer.weight.dtype == dtype
     if dtype == torch.float32:
         assert (model(tokens) - expected).abs().max() < 1e-4
-    else:  # one rounding of the exact sum
-        adapted = model.unmerged["model.layers.1.self_attn.v_proj"]
-        exact = (
-            weights["model.layers.1.self_attn.v_proj.weight"].double() + 4 * adapted.lora_B.double() @ adapted.lora_A.double()
-        )
-        assert ((layer.weight.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
-    model.save_pretrained(tmp_path / "merged")
-    unmerge_lora(model)
-    assert torch.equal(model(tokens), expected)
-    frozen = [name for name in weights if name not in ("lm_head.weight", "model.embed_tokens.weight")]
-    assert all(torch.equal(dict(model.named_parameters())[name], weights[name]) for name in frozen)
-    if dtype == torch.float32:
+        model.save_pretrained(tmp_path / "merged")
         reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         assert (reference(tokens).logits - expected).abs().max() < 1e-4
+    else:  # one rounding of the exact sum
+        exact = adapted.weight.double() + 4 * adapted.lora_B.double() @ adapted.lora_A.double()
+        assert ((layer.weight.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,9 +219,15 @@ def test_the_command_merge_writes_a_plain_checkpoint(dtype, base, tokens, tmp_pa
     main()
     assert "merged" in capsys.readouterr().out and (tmp_path / "out/tokenizer.model").read_bytes() == b"new"
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
-    assert {parameter.dtype for parameter in merged.parameters()} == {dtype} and merged.config.vocab_size == 130
+    assert {parameter.dtype for parameter in merged.parameters()} == {
+        dtype
+    } and merged.config.vocab_size == 130
     difference = (merged.float()(tokens + 30).logits - reference(tokens + 30).logits).abs()
-    assert difference.max() < 1e-4 if dtype == torch.float32 else difference.mean() < 0.05 * reference(tokens).logits.std()
+    assert (
+        difference.max() < 1e-4
+        if dtype == torch.float32
+        else difference.mean() < 0.05 * reference(tokens).logits.std()
+    )
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="out: the output folder exists"):
         main()
@@ -235,9 +239,18 @@ def test_the_command_merge_writes_a_plain_checkpoint(dtype, base, tokens, tmp_pa
 
 
 def test_the_published_adapter_stands_on_a_base_of_the_old_vocabulary(tmp_path):
-    """MaLA-500's files, narrower: its adapter_config.json, tensors of its shapes, 260,164 rows over a base of 32,000."""
+    """MaLA-500's files, narrower.
+
+    Its adapter_config.json, tensors of its shapes, 260,164 rows over a base of 32,000.
+    """
     model = Llama(
-        tiny_config(vocab_size=32_000, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=2)
+        tiny_config(
+            vocab_size=32_000,
+            hidden_size=8,
+            intermediate_size=8,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
     )
     model.init_weights(0)
     published = {
@@ -247,11 +260,17 @@ def test_the_published_adapter_stands_on_a_base_of_the_old_vocabulary(tmp_path):
         "revision": None, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
     }  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(published))
-    tensors = {f"base_model.model.{name}.weight": torch.randn(260_164, 8) for name in ("model.embed_tokens", "lm_head")}
+    tensors = {
+        f"base_model.model.{name}.weight": torch.randn(260_164, 8)
+        for name in ("model.embed_tokens", "lm_head")
+    }
     for layer in range(2):
         for target in ("q_proj", "v_proj"):
             name = f"base_model.model.model.layers.{layer}.self_attn.{target}"
-            tensors |= {f"{name}.lora_A.weight": torch.randn(8, 8), f"{name}.lora_B.weight": torch.randn(8, 8)}
+            tensors |= {
+                f"{name}.lora_A.weight": torch.randn(8, 8),
+                f"{name}.lora_B.weight": torch.randn(8, 8),
+            }
     torch.save(tensors, tmp_path / "adapter_model.bin")
     load_adapter(model, tmp_path)
     assert model.config.vocab_size == 260_164 == len(model.lm_head.weight)
@@ -259,11 +278,16 @@ def test_the_published_adapter_stands_on_a_base_of_the_old_vocabulary(tmp_path):
     assert 0 < loss.item() < 100
     query = model.model["layers"][0].self_attn.q_proj
     assert (query.scaling, query.dropout) == (4, 0.1)
-    assert torch.equal(query.lora_B, tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"])
+    assert torch.equal(
+        query.lora_B, tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    )
 
 
 def test_the_share_that_trains_is_mala500s():
-    """LLaMA 2 7B with 260,164 words: 2.1 billion train; of 10.7 billion, as PEFT counts the frozen copies, too."""
+    """LLaMA 2 7B with 260,164 words: 2.1 billion train.
+
+    Of 10.7 billion, as PEFT counts the frozen copies, too.
+    """
     with torch.device("meta"):
         model = Llama(LlamaConfig(260_164, 4096, 11008, 32, 32))
         add_lora(model, LoRAConfig())
@@ -294,10 +318,14 @@ KINDS = {
     "all-linear": dict(target_modules="all-linear", modules_to_save=()),
     "all-linear and the head": dict(target_modules="all-linear"),
     "regular expression": dict(target_modules=r".*\.0\.self_attn\.(q|o)_proj"),
-    "part of a path": dict(target_modules=("1.self_attn.q_proj", "mlp.up_proj", "model.layers.0.self_attn.v_proj")),
+    "part of a path": dict(
+        target_modules=("1.self_attn.q_proj", "mlp.up_proj", "model.layers.0.self_attn.v_proj")
+    ),
     "rslora": dict(use_rslora=True),
     "ranks": dict(rank_pattern={"v_proj": 3, r"layers\.1\.self_attn\.q_proj": 5, "q_proj": 2}),
-    "alphas": dict(alpha_pattern={r"model\.layers\.0\..*": 5, "v_proj": 64.0}, use_rslora=True, rank_pattern={"proj": 7}),
+    "alphas": dict(
+        alpha_pattern={r"model\.layers\.0\..*": 5, "v_proj": 64.0}, use_rslora=True, rank_pattern={"proj": 7}
+    ),
     "head only": dict(modules_to_save=("lm_head",)),
     "embeddings only": dict(modules_to_save=("embed_tokens",), target_modules=("v_proj",)),
 }
@@ -327,10 +355,16 @@ def test_every_kind_of_adapter_goes_both_ways(kind, base, tokens, tmp_path):
 
 
 RENAMED = {
-    "as it was in memory": lambda name: name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."),
-    "another adapter's name": lambda name: name.replace("lora_A.", "lora_A.my-task_1.").replace("lora_B.", "lora_B.my-task_1."),
+    "as it was in memory": lambda name: name.replace("lora_A.", "lora_A.default.").replace(
+        "lora_B.", "lora_B.default."
+    ),
+    "another adapter's name": lambda name: name.replace("lora_A.", "lora_A.my-task_1.").replace(
+        "lora_B.", "lora_B.my-task_1."
+    ),
     "saved whole": lambda name: re.sub(r"(embed_tokens|lm_head)", r"\1.modules_to_save", name),
-    "saved whole, with a name": lambda name: re.sub(r"(embed_tokens|lm_head)", r"\1.modules_to_save.default", name),
+    "saved whole, with a name": lambda name: re.sub(
+        r"(embed_tokens|lm_head)", r"\1.modules_to_save.default", name
+    ),
 }
 
 
@@ -357,7 +391,9 @@ def test_embeddings_that_an_adapter_holds_but_does_not_train(base, tokens, tmp_p
     """PEFT saves them where the vocabulary was resized, though modules_to_save does not name them."""
     reference = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     reference.resize_token_embeddings(130)
-    reference = peft.get_peft_model(reference, peft.LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
+    reference = peft.get_peft_model(
+        reference, peft.LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    )
     train(reference, tokens + 30)
     reference.eval().save_pretrained(tmp_path, save_embedding_layers=True)
     model = Llama.from_pretrained(base, dtype=torch.float32)
@@ -493,15 +529,15 @@ def test_what_was_loaded_is_what_is_saved(base, tokens, tmp_path):
 
 def test_merging_twice_and_saving_what_is_merged_are_refused(base, tokens, tmp_path):
     model = Llama.from_pretrained(base)
-    add_lora(model, MALA)
-    with pytest.raises(UserError, match="no merged adapter"):
-        unmerge_lora(model)
-    merge_lora(model)
-    with pytest.raises(UserError, match="merged already"):
+    with pytest.raises(UserError, match="no adapter to merge"):
         merge_lora(model)
-    with pytest.raises(UserError, match="unmerge it first"):
+    add_lora(model, MALA)
+    merge_lora(model)
+    with pytest.raises(UserError, match="no adapter to merge"):
+        merge_lora(model)
+    with pytest.raises(UserError, match="no adapter to save; a merged one is part of the model's weights"):
         save_adapter(model, tmp_path / "adapter")
-    unmerge_lora(model)
+    add_lora(model, MALA)  # a further one may follow
     save_adapter(model, tmp_path / "adapter")
 
 
@@ -520,7 +556,9 @@ def test_merge_brings_the_bases_files_and_wants_a_tokenizer_for_more_words(base,
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert files == {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"}
     assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == 0
-    with pytest.raises(UserError, match=r"there is no tokenizer\.model, but the adapter has 130 rows and its base 100"):
+    with pytest.raises(
+        UserError, match=r"there is no tokenizer\.model, but the adapter has 130 rows and its base 100"
+    ):
         merge_checkpoint(base, tmp_path / "adapter130", tmp_path / "long")
     (tmp_path / "adapter130/tokenizer.model").write_bytes(b"new words")
     merge_checkpoint(base, tmp_path / "adapter130", tmp_path / "long")

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, tiny_config
+from conftest import ROOT, SHARED, tiny_config
 
-from mala.checkpoint import INDEX, WEIGHTS
 from mala.cli import UserError
-from mala.model import KVCache, Llama, LlamaConfig
+from mala.model import NAMED, KVCache, Llama, LlamaConfig
+from mala.storage.config_json import fields_of, read_config
+from mala.storage.weights import INDEX, WEIGHTS
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
 
-# Changes to the config that transformers writes; `spelling` 4 rewrites its rotary settings as transformers 4 did.
+# Changes to the config that transformers writes; `spelling` 4 rewrites its rotary settings as transformers 4
+# did.
 CONFIGS = {
     "multi-head": dict(num_key_value_heads=4),
     "grouped-query": dict(),
@@ -39,7 +41,10 @@ CONFIGS = {
 
 
 def make_reference(path: Path, spelling: int = 5, shard: str = "5GB", dtype=torch.float32, **changes):
-    """A random transformers LLaMA, saved to `path`. Norms and biases are random too: at 1 and 0 they would hide errors."""
+    """A random transformers LLaMA, saved to `path`. Norms and biases are random too.
+
+    At 1 and 0 they would hide errors.
+    """
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **{**dict(vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -175,8 +180,8 @@ def test_a_loss_without_targets_is_zero_and_has_no_gradient(tmp_path, tokens):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype, copies", [("float32", 0.0), ("bfloat16", 0.5)])
 def test_loading_holds_no_second_copy(dtype, copies, tmp_path):
-    """Anonymous memory is what a process holds beyond the map of the file: nothing in the file's own dtype (even when run
-    forward), and the cast weights, once, in another."""
+    """Anonymous memory is what a process holds beyond the map of the file: nothing in the file's own dtype
+    (even when run forward), and the cast weights, once, in another."""
     config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6,
                          num_attention_heads=8)  # fmt: skip
     with torch.device("meta"):
@@ -207,7 +212,9 @@ def test_loading_holds_no_second_copy(dtype, copies, tmp_path):
         watcher.join()
         print(peak - before)
     """
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
     assert int(printed) < (copies + 0.25) * size, f"held {int(printed) / size:.2f} of the file"
 
 
@@ -302,13 +309,31 @@ def test_a_missing_or_truncated_shard_is_named(tmp_path):
         Llama.from_pretrained(tmp_path)
 
 
+def from_dict(values):
+    return LlamaConfig(**fields_of(values, LlamaConfig))
+
+
+def test_named_models_are_the_published_ones():
+    """Against what the published config.json say; LLaMA 2 7B's and 3.1 8B's shapes are in the next test."""
+    files = {"demo": ROOT / "assets/tiny-llama/config.json"}
+    if SHARED.exists():
+        files["llama-3.2-1b"] = SHARED / "llama3/config.json"
+    for name, file in files.items():
+        assert LlamaConfig.named(name) == read_config(file, LlamaConfig), name
+    sizes = {"llama-2-7b": 6_738_415_616, "llama-3.2-1b": 1_235_814_400, "tinyllama-1.1b": 1_100_048_384}
+    assert NAMED.keys() == sizes.keys() | {"demo"}
+    for name, size in sizes.items():
+        with torch.device("meta"):
+            assert sum(p.numel() for p in Llama(LlamaConfig.named(name)).parameters()) == size, name
+
+
 def test_configs_of_the_hub_load(tmp_path):
     """LLaMA 2 7B's and LLaMA 3.1 8B's own config.json, as published (only the architecture's keys)."""
-    llama2 = LlamaConfig.from_dict({"model_type": "llama", "hidden_act": "silu", "hidden_size": 4096, "vocab_size": 32000,
+    llama2 = from_dict({"model_type": "llama", "hidden_act": "silu", "hidden_size": 4096, "vocab_size": 32000,
         "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_scaling": None, "pretraining_tp": 1})  # fmt: skip
     assert (llama2.head_dim, llama2.rope_theta, llama2.rope_scaling) == (128, 10000.0, None)
-    llama3 = LlamaConfig.from_dict({"model_type": "llama", "hidden_size": 4096, "vocab_size": 128256,
+    llama3 = from_dict({"model_type": "llama", "hidden_size": 4096, "vocab_size": 128256,
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
         "rope_theta": 500000.0, "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "eos_token_id": [128001, 128008]})  # fmt: skip

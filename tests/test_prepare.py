@@ -1,4 +1,7 @@
-"""mala.prepare, mala.log and the checkpoints: what is left of a run that was disturbed. train.py runs in this process."""
+"""mala.running.prepare, mala.running.run_log and the checkpoints: what is left of a run that was disturbed.
+
+Train.py runs in this process.
+"""
 
 import json
 import os
@@ -12,8 +15,10 @@ import pytest
 from conftest import ROOT
 from kill import TIMED, outcome, survive
 
-import mala.checkpoint
-import mala.prepare
+import mala.running.prepare
+import mala.running.run_log
+from mala.storage.files import lock
+from mala.storage.training_checkpoint import check_intact, checkpoints, read_state
 
 SHORT = ["--steps", "6", "--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "500", "--seq-len", "32", "--batch-size", "4",
          "--warmup-steps", "2", "--log-every", "2", "--save-every", "2", "--device", "cpu"]  # fmt: skip
@@ -63,16 +68,21 @@ def test_a_finished_run_says_so_and_stays(out, train):
     files = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
     message = train(*SHORT, "--out", out)
     assert "this run is finished" in message and "held-out NLL" in message
-    changed = {file.name for file, time in files.items() if not file.exists() or file.stat().st_mtime_ns != time}
+    changed = {
+        file.name for file, time in files.items() if not file.exists() or file.stat().st_mtime_ns != time
+    }
     assert changed <= {"run.json", "index.json", ".lock"}  # written again, the same
     shutil.rmtree(out / "checkpoints")
     assert "this run is finished" in train(*SHORT, "--out", out)
     message = train(*SHORT, "--seed", 5, "--out", out)
-    assert "run.json: the earlier run had seed 0, this one has 5; name another --out, or start over with --resume" in message
+    assert (
+        "run.json: the earlier run had seed 0, this one has 5; name another --out, or start over with --resume"
+        in message
+    )
 
 
 def test_a_checkpoint_is_an_adapter_and_knows_its_step(out):
-    state = mala.checkpoint.read_state(out / "checkpoints/step-4")
+    state = read_state(out / "checkpoints/step-4")
     assert state["step"] == 4 and state["logged_step"] == 4 and state["identity"]["seq_len"] == 32
     assert {file.name for file in (out / "checkpoints/step-6").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "tokenizer.model", "training_state.json"
@@ -84,11 +94,15 @@ def test_a_checkpoint_is_an_adapter_and_knows_its_step(out):
 def test_it_goes_on_with_the_same_bits_from_any_checkpoint(whole, out, train):
     unfinish(out, 4)
     with open(out / "metrics.jsonl", "a") as metrics:
-        metrics.write('{"step": 6, "loss": 1.0}\n{"step": 8, "lo')  # what a killed run wrote after its last checkpoint
+        metrics.write(
+            '{"step": 6, "loss": 1.0}\n{"step": 8, "lo'
+        )  # what a killed run wrote after its last checkpoint
     message = train(*SHORT, "--out", out)
     assert "step-4: going on after step 4 of 6" in message
     assert outcome(out, 6) == outcome(whole, 6)
-    message = train(*SHORT, "--out", out, "--resume", out / "checkpoints/step-4")  # back to an earlier one, a finished run
+    message = train(
+        *SHORT, "--out", out, "--resume", out / "checkpoints/step-4"
+    )  # back to an earlier one, a finished run
     assert "going on after step 4 of 6" in message and outcome(out, 6) == outcome(whole, 6)
 
 
@@ -122,7 +136,9 @@ def test_another_run_is_not_continued(out, train, tmp_path):
     (data / "swh_Latn/train.tsv").write_text(rows.replace("a", "e", 1))
     assert f"was trained on other data than {data} holds now" in train(*SHORT, "--data", data, "--out", out)
     config = (tmp_path / "model/config.json").read_text()
-    (tmp_path / "model/config.json").write_text(config.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
+    (tmp_path / "model/config.json").write_text(
+        config.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06')
+    )
     refused = train(*SHORT, "--model", tmp_path / "model", "--out", out)
     assert f"began from another checkpoint than {tmp_path / 'model'} is now" in refused
     assert (out / "checkpoints/step-4").is_dir()
@@ -132,15 +148,15 @@ def test_another_run_is_not_continued(out, train, tmp_path):
 def test_the_learning_rate_may_change_on_the_way_and_steps_be_added(out, train):
     message = train(*SHORT, "--steps", 8, "--lr", "1e-4", "--keep", 1, "--out", out)
     assert "going on after step 6 of 8" in message and "this run is finished" not in message
-    assert [path.name for path in mala.checkpoint.checkpoints(out / "checkpoints")] == ["step-8"]
+    assert [path.name for path in checkpoints(out / "checkpoints")] == ["step-8"]
 
 
 def test_what_was_prepared_is_not_made_again(out, train, monkeypatch):
     unfinish(out, 4)
-    original = mala.prepare.train_pieces
-    monkeypatch.setattr(mala.prepare, "train_pieces", lambda *args: pytest.fail("learnt again"))
+    original = mala.running.prepare.train_pieces
+    monkeypatch.setattr(mala.running.prepare, "train_pieces", lambda *args: pytest.fail("learnt again"))
     assert "going on" in train(*SHORT, "--out", out)
-    monkeypatch.setattr(mala.prepare, "train_pieces", original)
+    monkeypatch.setattr(mala.running.prepare, "train_pieces", original)
     unfinish(out, 4)
     shutil.rmtree(out / "base")
     assert "going on after step 4" in train(*SHORT, "--out", out) and (out / "base").is_dir()
@@ -150,10 +166,11 @@ def test_when_no_checkpoint_is_whole_nothing_is_taken_away(out, train):
     unfinish(out)
     for file in out.glob("checkpoints/*/optimizer.safetensors"):
         file.write_bytes(b"")
-    assert "out/checkpoints: no checkpoint is whole; bring one back, or start over with --resume never" in train(
-        *SHORT, "--out", out
+    assert (
+        "out/checkpoints: no checkpoint is intact; bring one back, or start over with --resume never"
+        in train(*SHORT, "--out", out)
     )
-    assert len(mala.checkpoint.checkpoints(out / "checkpoints")) == 2
+    assert len(checkpoints(out / "checkpoints")) == 2
     (out / "checkpoints/step-6/training_state.json").write_text("{}")
     for path in ("step-6", "../base"):
         assert "missing or damaged" in train(*SHORT, "--out", out, "--resume", out / "checkpoints" / path)
@@ -175,7 +192,10 @@ def test_a_checkpoint_may_have_another_name_and_what_came_after_it_stays_aside(w
 def test_a_checkpoint_goes_into_no_other_run_s_folder(whole, tmp_path, train):
     train(*SHORT, "--seed", 7, "--out", tmp_path / "out")
     message = train(*SHORT, "--resume", whole / "checkpoints/step-4", "--out", tmp_path / "out")
-    assert "out/run.json: the earlier run had seed 7, this one has 0" in message and (tmp_path / "out/adapter").is_dir()
+    assert (
+        "out/run.json: the earlier run had seed 7, this one has 0" in message
+        and (tmp_path / "out/adapter").is_dir()
+    )
     message = train(*SHORT, "--resume", whole / "checkpoints/step-4", "--out", tmp_path / "new")
     assert "going on after step 4 of 6" in message  # prepared anew, the same
     shutil.rmtree(tmp_path / "new")
@@ -193,8 +213,10 @@ def test_fewer_steps_than_there_are_is_a_mistake(out, train):
 
 
 def test_two_runs_do_not_write_into_one_folder(out, tmp_path, train):
-    with mala.checkpoint.lock(out):
-        assert "out: another run is writing here; wait for it, or name another folder" in train(*SHORT, "--out", out)
+    with lock(out):
+        assert "out: another run is writing here; wait for it, or name another folder" in train(
+            *SHORT, "--out", out
+        )
     assert "this run is finished" in train(*SHORT, "--out", out)
 
 
@@ -205,7 +227,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, train):
     message = train(*SHORT, "--out", tmp_path / "out")
     assert "out: the folder holds something that is no result of train.py" in message
     assert "6 steps" in train(*SHORT, "--out", tmp_path / "new", "--tokens", tmp_path / "tokens")
-    assert not (tmp_path / "new/tokens").exists() and (tmp_path / "tokens/swh_Latn.0.0.bin").exists()
+    assert not (tmp_path / "new/tokens").exists() and (tmp_path / "tokens/swh_Latn.0.bin").exists()
     for file in ("out/checkpoints/best.pt", "tokens/pytorch_model.bin"):
         assert (tmp_path / file).read_text() == "of another program"
 
@@ -215,7 +237,9 @@ def small_disk(tmp_path):
     """A disk of 18 MB: enough for two checkpoints beside what was prepared, not for a third."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=18m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=18m", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small disk takes root")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -224,9 +248,16 @@ def small_disk(tmp_path):
 def test_a_full_disk_and_one_that_cannot_be_written(whole, small_disk, train):
     out = small_disk / "out"
     message = train(*SHORT, "--out", out)
-    assert "checkpoints" in message and "make room or name another folder" in message and "No space left" in message
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-2", "step-4"]  # and no half of another
-    mala.checkpoint.check_whole(out / "checkpoints/step-4")
+    assert (
+        "checkpoints" in message
+        and "make room or name another folder" in message
+        and "No space left" in message
+    )
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "step-2",
+        "step-4",
+    ]  # and no half of another
+    check_intact(out / "checkpoints/step-4")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     message = train(*SHORT, "--out", out)
     assert str(out) in message and "Read-only file system" in message
@@ -238,20 +269,24 @@ def test_a_full_disk_and_one_that_cannot_be_written(whole, small_disk, train):
 
 
 def test_sigterm_finishes_the_step_and_saves(whole, tmp_path, train, monkeypatch):
-    original = mala.log.RunLog.add
+    original = mala.running.run_log.RunLog.add
 
     def add(self, loss, waited):
         original(self, loss, waited)
         if self.bar.n == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(mala.log.RunLog, "add", add)
-    monkeypatch.setattr(mala.log, "tqdm", lambda **settings: Counter(settings["initial"]))
+    monkeypatch.setattr(mala.running.run_log.RunLog, "add", add)
+    monkeypatch.setattr(mala.running.run_log, "tqdm", lambda **settings: Counter(settings["initial"]))
     message = train(*SHORT, "--save-every", 100, "--out", tmp_path / "out")
-    assert "out: stopped after step 4 of 6, with a checkpoint; the same command goes on there" in message  # 3 was agreed upon
+    assert (
+        "out: stopped after step 4 of 6, with a checkpoint; the same command goes on there" in message
+    )  # 3 was agreed upon
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     message = train(*SHORT, "--save-every", 100, "--out", tmp_path / "out")
-    assert "step-4: going on after step 4 of 6" in message and outcome(tmp_path / "out", 6) == outcome(whole, 6)
+    assert "step-4: going on after step 4 of 6" in message and outcome(tmp_path / "out", 6) == outcome(
+        whole, 6
+    )
 
 
 class Counter:
@@ -282,13 +317,19 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path, train
 
     monkeypatch.setattr(mala.model.Llama, "forward", forward)
     message = train(*SHORT, "--out", tmp_path / "out")
-    assert "step 5: the loss is nan" in message and "lower --lr and go on from" in message and "step-4" in message
+    assert (
+        "step 5: the loss is nan" in message
+        and "lower --lr and go on from" in message
+        and "step-4" in message
+    )
     assert "amh_Ethi" in message or "swh_Latn" in message
-    assert [path.name for path in mala.checkpoint.checkpoints(tmp_path / "out/checkpoints")] == ["step-2", "step-4"]
+    assert [path.name for path in checkpoints(tmp_path / "out/checkpoints")] == ["step-2", "step-4"]
 
 
 def test_held_out_text_is_measured_on_the_way_and_the_pictures_are_drawn(tmp_path, train):
-    message = train(*SHORT, "--eval-every", 3, "--eval-documents", 2, "--tensorboard", "--out", tmp_path / "out")
+    message = train(
+        *SHORT, "--eval-every", 3, "--eval-documents", 2, "--tensorboard", "--out", tmp_path / "out"
+    )
     assert "6 steps" in message
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4, 6]
@@ -318,5 +359,5 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tmp_path, train):
     (tmp_path / "model/model.safetensors").unlink()
     message = train(*SHORT, "--dry-run", "--model", tmp_path / "model", "--out", tmp_path / "out")
     assert "vocabulary: 2,048 pieces + 500 = 2,548, at most" in message and "training 668,672 of" in message
-    assert "6 steps: 24 blocks, 768 tokens" in message and "a micro-batch" in message and "total" in message
+    assert "6 steps: 24 blocks, 768 tokens" in message and "total" in message
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
-"""mala.scoring against transformers' loss, its windows against one long pass, its trees against one pass for every label."""
+"""mala.scoring against transformers' loss, its windows against one long pass, its trees against one pass for
+every label."""
 
 import math
 
@@ -10,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mala import scoring
+from mala.benchmarks.tasks import SIB200, Example
 from mala.cli import UserError
-from mala.corpus import Corpus
 from mala.model import Llama
 from mala.scoring import documents_nll, loglikelihoods, nll_by_language, windows
-from mala.tasks import SIB200, Example
-from mala.tokenizer import Tokenizer
+from mala.storage.corpus import Corpus
+from mala.words.tokenizer import Tokenizer
 
 TINY = ROOT / "assets/tiny-llama"
 TOKENIZER = Tokenizer.from_pretrained(TINY)
@@ -34,7 +35,9 @@ def test_windows_predict_every_token_once_from_enough_context(length, context):
 
 def test_documents_equal_transformers_loss(monkeypatch):
     monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": 300})  # several batches, of several rows
-    documents = [text for language in ("eng_Latn", "swh_Latn", "amh_Ethi") for text in DEMO[language][:6]] + ["a"]
+    documents = [text for language in ("eng_Latn", "swh_Latn", "amh_Ethi") for text in DEMO[language][:6]] + [
+        "a"
+    ]
     model = Llama.from_pretrained(TINY, dtype=torch.float32)
     reference = transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     nll, counts = documents_nll(model, TOKENIZER, documents)
@@ -53,7 +56,9 @@ def test_a_long_document_is_the_sum_of_its_windows_and_one_pass_where_it_fits():
     expected = 0.0
     for start, first, end in windows(len(ids), 20):
         logits = model(ids[None, start : end - 1])[0].float()
-        expected += torch.nn.functional.cross_entropy(logits[first - start - 1 :], ids[first:end], reduction="sum").item()
+        expected += torch.nn.functional.cross_entropy(
+            logits[first - start - 1 :], ids[first:end], reduction="sum"
+        ).item()
     assert documents_nll(model, TOKENIZER, [text])[0][0] == pytest.approx(expected, rel=1e-5)
     model.config.max_position_embeddings = len(ids)
     whole = torch.nn.functional.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="sum").item()
@@ -73,7 +78,9 @@ def test_figures():
         assert figures["nll_per_document"] == pytest.approx(total / 3)
         assert figures["bits_per_byte"] == pytest.approx(total / figures["bytes"] / math.log(2))
     for key in ("nll_per_document", "nll_per_token", "bits_per_byte"):
-        assert result["macro"][key] == pytest.approx(sum(result["languages"][language][key] for language in documents) / 2)
+        assert result["macro"][key] == pytest.approx(
+            sum(result["languages"][language][key] for language in documents) / 2
+        )
 
 
 RANDOM = Llama(tiny_config(vocab_size=50, max_position_embeddings=40, initializer_range=0.3))
@@ -134,12 +141,16 @@ def test_natural_and_published_encodings():
             assert context + continuation == TOKENIZER.encode(f"{example.context} {label}", bos=True)
             assert TOKENIZER.decode(continuation) == label
             assert bare == TOKENIZER.encode(example.context) and alone == TOKENIZER.encode(f" {label}")
-            assert alone[0] == TOKENIZER.processor.piece_to_id("▁") and alone[1:] == continuation  # the published second space
+            assert (
+                alone[0] == TOKENIZER.processor.piece_to_id("▁") and alone[1:] == continuation
+            )  # the published second space
 
     # Where the label's beginning changes how the context is cut, what all labels share is the context.
     class Greedy:
         def encode_batch(self, texts, bos):
             return [[0] + [len(word) for word in text.replace("s t", "st").split()] for text in texts]
 
-    [(context, continuations)] = scoring.encode_natural(Greedy(), [Example("1", "a is", "b", [])], ["to", "be"])
+    [(context, continuations)] = scoring.encode_natural(
+        Greedy(), [Example("1", "a is", "b", [])], ["to", "be"]
+    )
     assert context == [0, 1] and continuations == [[4], [2, 2]]

@@ -1,4 +1,4 @@
-"""mala.tokenizer: a wrapper, so few tests; the oracle is transformers' LlamaTokenizer."""
+"""mala.words.tokenizer: a wrapper, so few tests; the oracle is transformers' LlamaTokenizer."""
 
 import pickle
 import shutil
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mala.cli import UserError
-from mala.tokenizer import Tokenizer, WordPacker, load_tokenizer, message_fields
 from mala.vocab import append_pieces, count_words, train_pieces
+from mala.words.tokenizer import Tokenizer, WordPacker, load_tokenizer, message_fields
 
 TINY = ROOT / "assets/tiny-llama"
 
@@ -37,7 +37,9 @@ def test_segments_are_the_pieces_own_text():
     health = [f"<0x{byte:02X}>" for byte in "ጤና".encode()]
     for piece, expected in (("ጤና", health), ("▁ጤና", ["▁", *health])):
         assert [base.processor.id_to_piece(i) for i in base.segment([piece])[0]] == expected
-    assert {base.processor.id_to_piece(i) for i in base.byte_ids} == {f"<0x{byte:02X}>" for byte in range(256)}
+    assert {base.processor.id_to_piece(i) for i in base.byte_ids} == {
+        f"<0x{byte:02X}>" for byte in range(256)
+    }
 
 
 @given(st.lists(st.tuples(st.integers(1, 200), st.one_of(st.integers(0, 2**63), st.binary()))))
@@ -47,7 +49,9 @@ def test_message_fields_read_what_protobuf_writes(expected):
                       value >> max(0, (value.bit_length() - 1) // 7 * 7)])  # fmt: skip
 
     message = b"".join(
-        varint(number << 3) + varint(value) if isinstance(value, int) else varint(number << 3 | 2) + varint(len(value)) + value
+        varint(number << 3) + varint(value)
+        if isinstance(value, int)
+        else varint(number << 3 | 2) + varint(len(value)) + value
         for number, value in expected
     )
     assert list(message_fields(message)) == expected
@@ -71,9 +75,18 @@ def test_errors_name_the_file(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
     whole = (TINY / "tokenizer.model").read_bytes()
     pieces_end = sum(2 + len(value) for number, value in message_fields(whole) if number == 1)
-    for content in (b"", b"not a model", whole[:1000], whole[:pieces_end], whole[: pieces_end + 9], whole[:-1]):
+    for content in (
+        b"",
+        b"not a model",
+        whole[:1000],
+        whole[:pieces_end],
+        whole[: pieces_end + 9],
+        whole[:-1],
+    ):
         (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(UserError, match=r"tokenizer\.model: truncated or no SentencePiece model \([\d,]+ bytes\)"):
+        with pytest.raises(
+            UserError, match=r"tokenizer\.model: truncated or no SentencePiece model \([\d,]+ bytes\)"
+        ):
             Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="2,048 pieces, but the model has 2,000 rows"):
         Tokenizer.from_pretrained(TINY).check_fits(2000)
@@ -84,10 +97,16 @@ PLAIN = Tokenizer.from_pretrained(TINY)
 
 def packed(tokenizer, texts, dtype="uint32"):
     packer = WordPacker(tokenizer, dtype)
-    return [np.frombuffer(packer.pack(text), dtype).tolist() for text in texts * 2], packer  # the second time from memory
+    return [
+        np.frombuffer(packer.pack(text), dtype).tolist() for text in texts * 2
+    ], packer  # the second time from memory
 
 
-@given(st.lists(st.text(st.sampled_from("abc ▁  \tนี้ጤ😀\u00a0<s>eéE"), max_size=30) | st.text(max_size=20), max_size=5))
+@given(
+    st.lists(
+        st.text(st.sampled_from("abc ▁  \tนี้ጤ😀\u00a0<s>eéE"), max_size=30) | st.text(max_size=20), max_size=5
+    )
+)
 @settings(deadline=None, max_examples=300)
 def test_packing_word_by_word_is_encoding_the_text(texts):
     ids, packer = packed(PLAIN, texts)
@@ -111,7 +130,9 @@ def test_a_tokenizer_that_is_not_so_simple_encodes_whole_texts(monkeypatch):
     inner = Tokenizer(append_pieces(PLAIN, {"a▁": 0.0}), "inner")
     for tokenizer in (learnt, user_defined, inner):
         ids, packer = packed(tokenizer, texts)
-        assert not packer.by_words and ids == [tokenizer.encode(text, bos=True) for text in texts * 2], tokenizer.name
+        assert not packer.by_words and ids == [tokenizer.encode(text, bos=True) for text in texts * 2], (
+            tokenizer.name
+        )
     assert user_defined.encode("a b") != PLAIN.encode("a b") and inner.encode("a b") != PLAIN.encode("a b")
     monkeypatch.setattr(WordPacker, "MAX_WORDS", 3)
     ids, packer = packed(PLAIN, ["one two three four five", "x" * 100])
@@ -129,7 +150,9 @@ def test_a_tokenizer_json_gives_transformers_ids(tmp_path):
     from test_evaluate import save_byte_level
 
     texts = [
-        line for file in sorted((ROOT / "assets/demo/sib200").glob("*/train.tsv")) for line in file.read_text().splitlines()
+        line
+        for file in sorted((ROOT / "assets/demo/sib200").glob("*/train.tsv"))
+        for line in file.read_text().splitlines()
     ]
     save_byte_level(tmp_path, texts[:100])
     ours = load_tokenizer(tmp_path)
@@ -160,7 +183,8 @@ def test_what_begins_a_text_and_errors_of_a_tokenizer_json(tmp_path, monkeypatch
         (tmp_path / name).write_text(content)
         if expected is None:
             with pytest.raises(
-                UserError, match=r"tokenizer\.json: no usable bos_token in tokenizer_config\.json nor bos_token_id"
+                UserError,
+                match=r"tokenizer\.json: no usable bos_token in tokenizer_config\.json nor bos_token_id",
             ):
                 load_tokenizer(tmp_path).bos_id  # noqa: B018
         else:
@@ -170,7 +194,8 @@ def test_what_begins_a_text_and_errors_of_a_tokenizer_json(tmp_path, monkeypatch
         load_tokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(
-        UserError, match=r"tokenizer\.json: a tokenizer\.json takes the package tokenizers: pip install tokenizers"
+        UserError,
+        match=r"tokenizer\.json: a tokenizer\.json takes the package tokenizers: pip install tokenizers",
     ):
         load_tokenizer(tmp_path)
     shutil.copy(TINY / "tokenizer.model", tmp_path)

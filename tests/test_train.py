@@ -17,9 +17,9 @@ import torch
 from conftest import ROOT
 
 from mala.cli import parse
-from mala.lora import load_adapter
 from mala.model import Llama
-from mala.tokenizer import Tokenizer
+from mala.storage.peft_adapter import load_adapter
+from mala.words.tokenizer import Tokenizer
 
 # Two languages, six steps: enough to walk through every part.
 SHORT = ["--steps", "6", "--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "500", "--seq-len", "32", "--batch-size", "4",
@@ -110,10 +110,16 @@ def test_evaluate_finds_the_demo_and_gives_its_figures_again(demo):
     results = json.loads((cwd / "out/nll/results.json").read_text())
     assert results.keys() == {"bench", "data", "sample", "model", "adapter", "dtype", "protocol", "shots", "seed", "seeds",
                               "split", "limit", "languages", "macro", "seconds", "examples_per_second"}  # fmt: skip
-    assert results["sample"] is True and results["model"] == "out/demo/base" and results["adapter"] == "out/demo/adapter"
+    assert (
+        results["sample"] is True
+        and results["model"] == "out/demo/base"
+        and results["adapter"] == "out/demo/adapter"
+    )
     after = json.loads((cwd / "out/demo/nll.json").read_text())["after"]
     assert flat(results["macro"]) == pytest.approx(flat(after["macro"]), rel=1e-5)
-    assert flat(results["languages"]["swh_Latn"]) == pytest.approx(flat(after["languages"]["swh_Latn"]), rel=1e-5)
+    assert flat(results["languages"]["swh_Latn"]) == pytest.approx(
+        flat(after["languages"]["swh_Latn"]), rel=1e-5
+    )
     predictions = [json.loads(line) for line in (cwd / "out/nll/predictions.jsonl").read_text().splitlines()]
     assert len(predictions) == 14 * len(results["languages"])
     swahili = [line["nll"] for line in predictions if line["lang"] == "swh_Latn"]
@@ -132,7 +138,9 @@ def test_evaluate_takes_an_adapter_alone_or_with_a_model(demo, tmp_path):
         assert results["model"] == "out/demo/base"
     succeed("evaluate.py", "--model", "out/demo/base", "--langs", "amh_Ethi", "--out", tmp_path, cwd=cwd)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["adapter"] is None and results["macro"]["nll_per_document"] > 2 * expected["nll_per_document"]
+    assert (
+        results["adapter"] is None and results["macro"]["nll_per_document"] > 2 * expected["nll_per_document"]
+    )
 
 
 def test_evaluate_looks_where_the_design_says(demo, tmp_path):
@@ -157,7 +165,12 @@ def test_the_seed_decides_every_bit(tmp_path):
     runs = [tmp_path / name for name in ("a", "b", "other")]
     for run, seed in zip(runs, (3, 3, 4)):
         succeed("train.py", *SHORT, "--seed", seed, "--out", run)
-    files = ["adapter/adapter_model.safetensors", "base/model.safetensors", "adapter/tokenizer.model", "nll.json"]
+    files = [
+        "adapter/adapter_model.safetensors",
+        "base/model.safetensors",
+        "adapter/tokenizer.model",
+        "nll.json",
+    ]
     assert all((runs[0] / file).read_bytes() == (runs[1] / file).read_bytes() for file in files)
     assert (runs[0] / files[0]).read_bytes() != (runs[2] / files[0]).read_bytes()
 
@@ -166,20 +179,47 @@ def test_accumulation_and_recomputation_change_no_loss(tmp_path):
     losses = []
     for i, more in enumerate([[], ["--micro-batch-size", "1", "--gradient-checkpointing"]]):
         succeed("train.py", *SHORT, "--lora-dropout", "0", *more, "--out", tmp_path / str(i))
-        losses.append([json.loads(line)["loss"] for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()])
+        losses.append(
+            [
+                json.loads(line)["loss"]
+                for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()
+            ]
+        )
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
 
 
 def test_continued_vocabulary_and_without_extension_in_bfloat16_by_epochs(tmp_path):
-    succeed("train.py", *SHORT, "--vocab-method", "continue", "--extend-vocab", "400", "--out", tmp_path / "continue")
+    succeed(
+        "train.py",
+        *SHORT,
+        "--vocab-method",
+        "continue",
+        "--extend-vocab",
+        "400",
+        "--out",
+        tmp_path / "continue",
+    )
     assert len(Tokenizer.from_pretrained(tmp_path / "continue/base")) == 2048 + 400
-    (tmp_path / "recipe.toml").write_text('langs = ["swh_Latn"]\nextend_vocab = 0\nepochs = 1.5\ndtype = "bfloat16"\n')
+    (tmp_path / "recipe.toml").write_text(
+        'langs = ["swh_Latn"]\nextend_vocab = 0\nepochs = 1.5\ndtype = "bfloat16"\n'
+    )
     printed = succeed(
-        "train.py", "--config", tmp_path / "recipe.toml", "--seq-len", 64, "--batch-size", 2, "--out", tmp_path / "o"
+        "train.py",
+        "--config",
+        tmp_path / "recipe.toml",
+        "--seq-len",
+        64,
+        "--batch-size",
+        2,
+        "--out",
+        tmp_path / "o",
     )
     tokens = sum(len(Tokenizer.from_pretrained(ROOT / "assets/tiny-llama").encode(line.split("\t")[2], bos=True))
                  for line in (ROOT / "assets/demo/sib200/swh_Latn/train.tsv").read_text().splitlines()[1:])  # fmt: skip
-    assert f"1 languages, {tokens:,} tokens" in printed and f": {-(-3 * tokens // (2 * 2 * 64))} steps" in printed
+    assert (
+        f"1 languages, {tokens:,} tokens" in printed
+        and f": {-(-3 * tokens // (2 * 2 * 64))} steps" in printed
+    )
     assert not (tmp_path / "o/base").exists()
     succeed("evaluate.py", "--model", tmp_path / "o", "--langs", "swh_Latn", "--out", tmp_path / "e")
     results = json.loads((tmp_path / "e/results.json").read_text())
@@ -260,8 +300,9 @@ TRAIN_ERRORS = {
 
 
 def refuse(script, args, monkeypatch) -> str:
-    """Run a script in this process (torch takes seconds to import) and return what it dies with: `sys.exit(text)` prints
-    the text and leaves status 1. Anything but a UserError or an OSError would come through as it is."""
+    """Run a script in this process (torch takes seconds to import) and return what it dies with:
+    `sys.exit(text)` prints the text and leaves status 1. Anything but a UserError or an OSError would come
+    through as it is."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -275,9 +316,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(kind, tmp_path, monkeypatc
     both = kind in ("missing", "truncated", "config", "tokenizer", "empty", "encoding", "out")
     for script in ["train.py", "evaluate.py"] if both else ["train.py"]:
         small = ["--extend-vocab", "500"] if script == "train.py" else []
-        message = refuse(script, ["--langs", "swh_Latn", *small, "--out", tmp_path / "out", *args], monkeypatch)
+        message = refuse(
+            script, ["--langs", "swh_Latn", *small, "--out", tmp_path / "out", *args], monkeypatch
+        )
         assert message.startswith("error: ") and TRAIN_ERRORS[kind] in message
-        assert not (tmp_path / "out").exists() and all(file.read_text() == "" for file in tmp_path.glob("file"))
+        assert not (tmp_path / "out").exists() and all(
+            file.read_text() == "" for file in tmp_path.glob("file")
+        )
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
@@ -285,14 +330,21 @@ def test_a_mistake_ends_with_status_1_and_one_line(script, tmp_path):
     done = call(script, "--model", tmp_path / "nowhere", "--out", tmp_path / "out")
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     done = call(script, "--modle", "x")
-    assert done.returncode == 1 and "unrecognized arguments: --modle" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1
+        and "unrecognized arguments: --modle" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_a_setting_that_makes_no_sense_is_refused_and_an_earlier_run_stays(tmp_path, monkeypatch):
     (tmp_path / "out/adapter").mkdir(parents=True)
     for args, message in [
         (["--steps", "0"], "steps is 0, expected a positive number"),
-        (["--batch-size", "6", "--micro-batch-size", "4"], "batch_size 6 is not a multiple of micro_batch_size 4"),
+        (
+            ["--batch-size", "6", "--micro-batch-size", "4"],
+            "batch_size 6 is not a multiple of micro_batch_size 4",
+        ),
         (["--langs", "xxx_Latn"], "there is no language 'xxx_Latn'"),
         (["--target-modules", "query"], "target_modules names 'query'"),
         (["--target-modules", "lm_head"], "target_modules names 'lm_head'"),
@@ -300,7 +352,10 @@ def test_a_setting_that_makes_no_sense_is_refused_and_an_earlier_run_stays(tmp_p
         (["--seq-len", "10000"], "seq_len is 10000, but"),
         (["--steps", "1000000", "--batch-size", "100000"], "are more than the 2^31 that can be planned"),
         (["--tokens", ROOT / "README.md"], "README.md: a file, expected a folder"),
-        (["--dry-run", "--batch-size", "6", "--micro-batch-size", "4"], "batch_size 6 is not a multiple of micro_batch_size 4"),
+        (
+            ["--dry-run", "--batch-size", "6", "--micro-batch-size", "4"],
+            "batch_size 6 is not a multiple of micro_batch_size 4",
+        ),
         (["--epochs", "inf"], "epochs is inf, expected a positive number"),
         (["--seed", "-1"], "seed is -1, expected a number from 0"),
         (["--modules-to-save", "head"], "modules_to_save names 'head'"),
@@ -316,27 +371,42 @@ def test_a_setting_that_makes_no_sense_is_refused_and_an_earlier_run_stays(tmp_p
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
-    message = refuse("train.py", [*SHORT, "--lr", "1e9", "--max-grad-norm", "1e9", "--out", tmp_path / "out"], monkeypatch)
+    message = refuse(
+        "train.py", [*SHORT, "--lr", "1e9", "--max-grad-norm", "1e9", "--out", tmp_path / "out"], monkeypatch
+    )
     assert "lower --lr" in message and "swh_Latn" in message and not (tmp_path / "out/adapter").exists()
 
 
 def test_compiled_blocks_have_the_losses_of_eager_ones(tmp_path, monkeypatch):
-    """Captured and differentiated by torch.compile, but run as it is: to write and compile C++ for it takes 15 seconds."""
+    """Captured and differentiated by torch.compile, but run as it is.
+
+    To write and compile C++ for it takes 15 seconds.
+    """
     compile_block, compiled = torch.nn.Module.compile, []
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda block: compiled.append(block) or compile_block(block, backend="aot_eager")
+        torch.nn.Module,
+        "compile",
+        lambda block: compiled.append(block) or compile_block(block, backend="aot_eager"),
     )
     losses = []
     for compile in ("on", "off"):
         succeed("train.py", *SHORT, "--lora-dropout", "0", "--compile", compile, "--out", tmp_path / compile)
-        losses.append([json.loads(line)["loss"] for line in (tmp_path / compile / "metrics.jsonl").read_text().splitlines()])
+        losses.append(
+            [
+                json.loads(line)["loss"]
+                for line in (tmp_path / compile / "metrics.jsonl").read_text().splitlines()
+            ]
+        )
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
     assert len(compiled) == 4  # once, every block
 
 
 def test_the_recipes_are_recipes_and_the_demo_s_is_the_default():
     Settings = runpy.run_path(str(ROOT / "train.py"))["Settings"]
-    demo, defaults = parse(Settings, "", ["--config", str(ROOT / "configs/demo.toml")]), parse(Settings, "", [])
+    demo, defaults = (
+        parse(Settings, "", ["--config", str(ROOT / "configs/demo.toml")]),
+        parse(Settings, "", []),
+    )
     for name, value in vars(defaults).items():
         if name in ("model", "data"):
             assert ROOT / getattr(demo, name) == Path(value)

@@ -1,0 +1,75 @@
+"""What an evaluation measures and writes at once, and how it goes on after a kill with what is written."""
+
+import contextlib
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mala.benchmarks.tasks import Example
+from mala.cli import UserError
+from mala.model import Llama
+from mala.storage.files import read_json, write_json
+from mala.words.tokenizer import Tokenizer
+
+VERSION = 1  # raise it with every change of what this code predicts: what is kept is then measured anew
+
+
+@dataclass
+class Measurement:
+    """The texts of a language: documents, or the examples of a benchmark with one choice of shots."""
+
+    language: str
+    texts: list[str] | list[Example]
+    seed: int | None = None  # of the examples
+    file: Path | None = None  # {"seconds": ..., "predictions": [...]}, once it is done
+
+    def size(self) -> int:
+        """In characters, for `deal`."""
+        return sum(len(text if isinstance(text, str) else text.context) for text in self.texts)
+
+    def write(self, seconds: float, predictions: list[dict[str, Any]]) -> None:
+        write_json(self.file, {"seconds": seconds, "predictions": predictions})
+
+    def read(self) -> dict[str, Any] | None:
+        """What `write` wrote; None if it is not done, or its file is damaged, which is named on stderr."""
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            done = read_json(self.file)
+            if len(done["predictions"]) == len(self.texts) and done["seconds"] >= 0:
+                return done
+        if self.file.exists():
+            print(f"{self.file}: damaged, so {self.language} is measured again", file=sys.stderr)
+        return None
+
+
+def name_files(
+    parts: list[Measurement], folder: Path, model: Llama, tokenizer: Tokenizer, bench: str, protocol: str
+) -> None:
+    """Choose where predictions are kept: a digest of all they depend on tells what a run may go on with."""
+    digest = hashlib.sha256(tokenizer.model)
+    lora = getattr(model, "lora_config", None)
+    begins = tokenizer.bos_id if bench == "nll" or protocol == "natural" else None
+    device = model.lm_head.weight.device.type
+    for value in (VERSION, torch.__version__, vars(model.config), lora, begins, device, bench, protocol):
+        digest.update(repr(value).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for one in parts:
+        own = digest.copy()
+        own.update(repr((one.language, one.texts, one.seed)).encode())
+        seed = "" if one.seed is None else f"-{one.seed}"
+        one.file = folder / f"{one.language}{seed}-{own.hexdigest()[:16]}.json"
+
+
+def deal(sizes: list[int], processes: int) -> list[list[int]]:
+    """Deal tasks out by number, the largest first, each to the process that has least to do so far."""
+    hands, loads = [[] for _ in range(processes)], [0] * processes
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        process = loads.index(min(loads))
+        hands[process].append(number)
+        loads[process] += sizes[number]
+    return hands

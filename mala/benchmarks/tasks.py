@@ -1,0 +1,113 @@
+"""SIB-200 and Taxi1500: how their files lie and what is asked, in MaLA-500's protocol, docs/evaluation.md."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mala.benchmarks.shots import draw_shots
+from mala.cli import UserError
+from mala.storage.corpus import LANGUAGE, check_languages, read_tsv
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row to be labelled: the model reads `context`; `shots` are row numbers in the train split, from 0."""
+
+    id: str
+    context: str
+    label: str
+    shots: list[int]
+
+
+class Task:
+    """A benchmark in which a text has one of a few labels. Another is another small subclass in TASKS."""
+
+    file: str  # of a language and a split, below the benchmark's folder
+    header: list[str] | None = None  # the first line of a file, if it has one
+    labels: list[str]  # in the published order: of labels with equal scores the first is taken
+    prompt: str  # before the label
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.layout = f"{root / self.path('swh_Latn', 'test')} and its like"  # for errors
+        if not root.is_dir():
+            raise UserError(f"{root}: there is no such folder; expected {self.layout}")
+
+    def path(self, language: str, split: str) -> Path:
+        return Path(self.file.format(language=language, split=split))
+
+    def languages(self, chosen: tuple[str, ...] = ()) -> list[str]:
+        """The languages that have a folder, in order, or those of them that are `chosen`."""
+        folders = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
+        found = [name for name in folders if LANGUAGE.fullmatch(name)]
+        if not found:
+            raise UserError(f"{self.root}: no language here; expected {self.layout}")
+        return check_languages(self.root, found, chosen)
+
+    def rows(self, language: str, split: str) -> list[Row]:
+        """The rows of a split, texts as they stand. Raises UserError for a missing or wrong file or line."""
+        file = self.root / self.path(language, split)
+        if not file.is_file():
+            expected = f"the {split} split of {language} is expected there"
+            raise UserError(f"{file}: there is no such file; {expected}")
+        lines = read_tsv(file)
+        if self.header:
+            number, cells = next(lines, (1, ["an empty file"]))
+            if cells != self.header:
+                found, expected = " ".join(cells)[:80], " ".join(self.header)
+                raise UserError(f"{file}: line {number} is {found!r}, expected the header {expected!r}")
+        rows, ids = [], {}
+        for number, (id, label, text) in lines:
+            where = f"{file}: line {number}"
+            if ids.setdefault(id, number) != number:
+                raise UserError(f"{where} has the id {id!r} of line {ids[id]}; every row needs its own")
+            if label not in self.labels:
+                raise UserError(f"{where} has the label {label!r}, expected one of {', '.join(self.labels)}")
+            rows.append(Row(id, label, text))
+        if not rows:
+            raise UserError(f"{file}: the {split} split of {language} has no rows; leave the language out")
+        return rows
+
+    def examples(self, language: str, split: str = "test", shots: int = 3, seed: int = 1234) -> list[Example]:
+        """The examples of a language in the published order."""
+        train = self.rows(language, "train") if shots else []
+        rows = self.rows(language, split)
+        if len(train) < shots:
+            found = f"{self.root / self.path(language, 'train')}: {len(train)} rows"
+            raise UserError(f"{found}, too few for {shots} shots; lower --shots, or leave {language} out")
+        examples, rng = [], np.random.default_rng(seed)
+        for index in rng.permutation(len(rows)):
+            row = rows[index]
+            chosen = draw_shots(rng, train, row, shots)
+            shown = [f"{self.prompt.format(text=train[i].text)} {train[i].label}" for i in chosen]
+            context = "\n".join([*shown, self.prompt.format(text=row.text)])
+            examples.append(Example(row.id, context, row.label, chosen))
+        return examples
+
+
+class SIB200(Task):
+    """Topics of sentences in 205 languages (arXiv 2309.07445): 701 / 99 / 204 rows a language."""
+
+    file = "{language}/{split}.tsv"
+    header = ["index_id", "category", "text"]
+    labels = ["science/technology", "travel", "politics", "sports", "health", "entertainment", "geography"]
+    prompt = 'The topic of the news "{text}" is'
+
+
+class Taxi1500(Task):
+    """Topics of Bible verses in over 1,500 languages (arXiv 2305.08487): up to 860 / 106 / 111 rows."""
+
+    file = "{language}/{language}_{split}.tsv"
+    labels = ["Recommendation", "Faith", "Description", "Sin", "Grace", "Violence"]
+    prompt = 'The topic of the verse "{text}" is'
+
+
+TASKS: dict[str, type[Task]] = {"sib200": SIB200, "taxi1500": Taxi1500}

@@ -1,0 +1,81 @@
+"""The loss between its matrix products in PyTorch's operations: for CPUs, and for all devices without the
+kernel.
+
+Each operation goes over what the one before has left, so the logits are worked through in parts that stay in
+a CPU's cache. Shapes as in mala/cross_entropy.py.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Rows of logits, or of the weight, that are worked on at a time: at V 260,164 and C 256 4 to 8 MB.
+LOGIT_ROWS, WEIGHT_ROWS = 8, 4096
+
+
+def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool) -> Tensor:
+    """The loss of every row of `logits` (C, V): (C,) float32, 0 where ignored.
+
+    With a gradient, `logits` become p - e in place, or zeros where ignored. One softmax gives both: the
+    largest logit m of a row has the probability exp(m) / Σ exp, so log Σ exp = m - log(p of m), and that p is
+    at least 1/V: it cannot underflow.
+    """
+    losses = []
+    shape = (min(LOGIT_ROWS, len(logits)), logits.shape[1])
+    scratch = logits.new_empty(shape, dtype=torch.float32)
+    for part, target in zip(logits.split(LOGIT_ROWS), targets[:, None].split(LOGIT_ROWS)):  # (c, V), (c, 1)
+        kept = target != ignore_index
+        index = target.where(kept, 0)
+        p = scratch[: len(part)].copy_(part)
+        target_logit, largest = p.gather(1, index), p.amax(1, keepdim=True)
+        torch.softmax(p, 1, out=p)
+        # In this order: beside logits of some hundreds the logarithm, at most log V, would lose its digits.
+        losses.append((largest - target_logit - p.amax(1, keepdim=True).log()).where(kept, 0)[:, 0])
+        if with_gradient:
+            p.scatter_add_(1, index, -torch.ones_like(largest))
+            part.copy_(p.masked_fill_(~kept, 0))
+    return torch.cat(losses)
+
+
+def logits_and_losses(
+    logits: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
+) -> Tensor:
+    """`row_losses`, with the product that makes the logits, some rows of the weight at a time. `logits` (C,
+    V) is the transpose of the memory, in which the logits of one piece lie side by side: with W as its left
+    factor a CPU's product takes two thirds of the time."""
+    largest = torch.full_like(targets, -torch.inf, dtype=torch.float32)  # (C,), as all below
+    for some, z in zip(weight.split(WEIGHT_ROWS), logits.T.split(WEIGHT_ROWS)):  # (v, D), (v, C)
+        torch.mm(some, hidden.T, out=z)
+        largest = torch.maximum(largest, z.amax(0))
+    kept = targets != ignore_index
+    at_target = torch.arange(len(targets), device=targets.device), targets.where(kept, 0)
+    target_logit = logits[at_target]
+
+    total = torch.zeros_like(largest)
+    for z in logits.T.split(WEIGHT_ROWS):
+        # exp(z - largest), never above 1. PyTorch's exp2 takes a third of its exp's time on a CPU.
+        total += z.sub_(largest).mul_(1 / math.log(2)).exp2_().sum(0)
+    if with_gradient:
+        logits.mul_((1 / total.where(kept, torch.inf))[:, None])
+        logits[at_target] -= kept.float()
+    # In this order: beside logits of some hundreds the logarithm, at most log V, would lose its digits.
+    return (total.log() + (largest - target_logit)).where(kept, 0)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool = False) -> None:
+    """total += a @ b, or total = a @ b if `is_first`; `total` is float32 whatever the dtype of a and b."""
+    beta = 0 if is_first else 1  # with 0 what `total` holds is not read, be it NaN
+    if a.dtype == torch.float32:
+        if a.shape[1] > 16 * WEIGHT_ROWS and not is_first and not a.is_cuda:
+            # dHidden sums over very many pieces: as four sums on a CPU's cores it takes a tenth less.
+            v = a.shape[1] // 4
+            quarters = a[:, : 4 * v].unflatten(1, (4, v)).transpose(0, 1)  # (4, C, v)
+            total += torch.bmm(quarters, b[: 4 * v].unflatten(0, (4, v))).sum(0)  # (4, v, D) -> (C, D)
+            a, b = a[:, 4 * v :], b[4 * v :]
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # PyTorch 2.8: adds before it rounds
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
+    else:
+        for part, rows in zip(total.split(WEIGHT_ROWS), a.split(WEIGHT_ROWS)):
+            part.copy_(rows @ b) if is_first else part.add_((rows @ b).float())

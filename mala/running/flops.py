@@ -1,0 +1,49 @@
+"""FLOPs: how many a training step takes, and how many a GPU does in a second."""
+
+import re
+
+import torch
+
+from mala.lora import LoRALinear
+from mala.model import Llama
+
+# What `torch.cuda.get_device_name()` has in it -> FLOP/s in bfloat16 with float32 sums, as the maker
+# publishes them, without sparsity, which doubles the figures of most data sheets. V100 and T4 have no
+# bfloat16: theirs are float16.
+KNOWN_GPUS = {
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200 NVL": 835.5e12, "H200": 989e12,
+    "H100 NVL": 835.5e12, "H100 PCIe": 756e12, "H100": 989e12, "H800 PCIe": 756e12, "H800": 989e12,
+    "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A30": 165e12, "A10": 125e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX A6000": 154.8e12,
+    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+    "V100S": 130e12, "V100-SXM2": 125e12, "V100-PCIE": 112e12, "T4": 65e12,
+    "MI325X": 1307e12, "MI300X": 1307e12, "MI210": 181e12,
+    "MI250X": 191.5e12, "MI250": 181e12,  # half a card: PyTorch sees each of its two dies as a device
+}  # fmt: skip
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of the GPU that PyTorch calls `name`; None if it is not known."""
+    if re.search(r"\b(MIG|Laptop|Ti|D)\b", name):  # a slice, or another chip under nearly the same name
+        return None
+    # Whole words, since A10 is found in A100, too; the longest first, since H100 is found in H100 PCIe.
+    found = [known for known in KNOWN_GPUS if re.search(rf"\b{known}\b", name)]
+    return KNOWN_GPUS[max(found, key=len)] if found else None
+
+
+def flops_per_token(model: Llama, seq_len: int) -> int:
+    """Model FLOPs of a training step, forward and backward, per token of blocks of `seq_len`.
+
+    As PaLM counts them (arXiv 2204.02311, appendix B): what gradient checkpointing computes again does not
+    count, and attention counts in full, though under the causal mask half would do. Each element of a matrix
+    takes 2 FLOPs forward, 2 for the gradient of its input (in the first block that takes embeddings that
+    train) and 2 for its own if it trains. The embeddings are looked up, which takes none.
+    """
+    flops = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):  # LoRALinear and lm_head are, too
+            lora = [module.lora_A, module.lora_B] if isinstance(module, LoRALinear) else []
+            for matrix in [module.weight, *lora]:
+                flops += matrix.numel() * (6 if matrix.requires_grad else 4)
+    config = model.config
+    return flops + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len

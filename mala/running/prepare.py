@@ -1,0 +1,184 @@
+"""What a run needs before its first step, made once and left in --out, so that the same command goes on after
+a kill.
+
+    run.json     the settings, and what must not change on the way: checkpoint, corpus, settings of IDENTITY
+    held_out/    the documents that are measured, a corpus of its own, which evaluate.py reads, too
+    base/        the checkpoint with the extended vocabulary
+    tokens/      the token files, see mala/data.py
+
+A run with another identity is never continued.
+"""
+
+import hashlib
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mala.cli import UserError
+from mala.data import file_digests, tokenise
+from mala.running.settings import Settings
+from mala.storage.corpus import Corpus
+from mala.storage.files import atomic_directory, lock, read_json, write_json
+from mala.storage.training_checkpoint import (
+    STATE,
+    check_intact,
+    checkpoints,
+    newest_intact,
+    read_state,
+    set_aside,
+    step_of,
+)
+from mala.storage.weights import read_weights
+from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
+from mala.words.new_rows import extend_checkpoint
+from mala.words.tokenizer import Tokenizer
+
+# The settings that decide, with the checkpoint and the corpus, what is trained on what. Others, such as the
+# learning rate, may be changed on the way.
+IDENTITY = """langs held_out max_held_out extend_vocab vocab_method init r lora_alpha lora_dropout use_rslora
+    target_modules modules_to_save seq_len batch_size alpha seed""".split()
+
+
+def prepare(
+    settings: Settings, corpus: Corpus, device: str, dtype: torch.dtype, locks: ExitStack
+) -> tuple[Path | None, dict[str, Any]]:
+    """Make what is not there yet. Returns the checkpoint to go on from, or None, and the identity. Only the
+    main process calls it. `locks` takes the lock of --out, until it is closed. Raises UserError for a mistake
+    in the input, before anything is written, and if --out holds another run."""
+    out, model = Path(settings.out), Path(settings.model)
+    was_there = out.is_dir()
+    if was_there:  # else later: the lock makes the folder, and a mistake must leave nothing
+        locks.enter_context(lock(out))
+    earlier = read_json(out / "run.json") if (out / "run.json").exists() else {}
+    known = earlier.get("files")
+    corpus_files = [file for files in corpus.files.values() for file in files]
+    files = file_digests(corpus_files, known if isinstance(known, dict) else {})
+    identity = {name: getattr(settings, name) for name in IDENTITY} | {"langs": sorted(set(settings.langs))}
+    identity |= {"model": checkpoint_digest(model), "data": corpus_digest(corpus, files)}
+    identity = json.loads(json.dumps(identity))  # as it comes back from a file: lists, no tuples
+    checkpoint = choose_checkpoint(settings, earlier, identity)
+
+    made = [out / "held_out"] + ([out / "base"] if settings.extend_vocab else [])
+    is_made = earlier.get("identity") == identity and all(folder.is_dir() for folder in made)
+    if settings.resume == "never" or not is_made:
+        make_base(settings, corpus, device, dtype, clear_all=checkpoint is None)
+    if not was_there:
+        locks.enter_context(lock(out))
+    tokenizer = Tokenizer.from_pretrained(out / "base" if settings.extend_vocab else model)
+    if checkpoint and (checkpoint / "tokenizer.model").read_bytes() != tokenizer.model:
+        other = f"has another vocabulary than {tokenizer.name}, which was learnt again"
+        remedy = f"put the base/ of its own run into {out}, or start over with --resume never"
+        raise UserError(f"{checkpoint}: {other}; {remedy}")
+    write_json(out / "run.json", {"identity": identity, "settings": vars(settings), "files": files})
+    clear_checkpoints(out / "checkpoints", checkpoint)
+    tokens = Path(settings.tokens or out / "tokens")
+    with lock(tokens, wait=True):  # other runs may share them
+        tokenise(corpus, tokenizer, files, tokens)
+    return checkpoint, identity
+
+
+def choose_checkpoint(settings: Settings, earlier: dict[str, Any], identity: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from; None: from the beginning. earlier: run.json. Raises UserError if --out or
+    the checkpoint is of a run with another identity."""
+    out = Path(settings.out)
+    if settings.resume == "never":
+        return None
+    if settings.resume == "auto":
+        checkpoint = newest_intact(out / "checkpoints")
+    else:
+        checkpoint = Path(settings.resume)
+        if not checkpoint.is_dir():
+            expected = "expected auto, never or the folder of a checkpoint"
+            raise UserError(f"resume is {settings.resume}, {expected}")
+        check_intact(checkpoint)
+    if checkpoint:
+        check_identity(checkpoint / STATE, read_state(checkpoint)["identity"], identity, settings)
+    is_kept = checkpoint or (out / "adapter").is_dir()  # else it is unfinished, and replaced
+    if earlier.get("identity") and is_kept:
+        check_identity(out / "run.json", earlier["identity"], identity, settings)
+    return checkpoint
+
+
+def clear_checkpoints(folder: Path, resumed_from: Path | None) -> None:
+    """Delete half-written checkpoints, and set aside those after the one that the run goes on from."""
+    for half in folder.glob(".step-*.tmp"):
+        shutil.rmtree(half)
+    if resumed_from:
+        done = read_state(resumed_from)["step"]
+        for later in checkpoints(folder):  # damaged, or on the way that --resume DIR leaves
+            if step_of(later) > done:
+                set_aside(later)
+
+
+def checkpoint_digest(directory: Path) -> str:
+    """SHA-256 of config, tokenizer, and the beginning of every tensor: all of them would take minutes."""
+    content = hashlib.sha256()
+    for name in ("config.json", "tokenizer.model"):
+        content.update((directory / name).read_bytes())
+    for name, tensor in sorted(read_weights(directory)):
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content.update(tensor.flatten()[:1024].view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
+
+
+def corpus_digest(corpus: Corpus, files: dict[str, list]) -> str:
+    """SHA-256 of the languages, the names of their files, and what these hold."""
+    pairs = [(language, file) for language, of_language in corpus.files.items() for file in of_language]
+    entries = [[language, file.name, files[str(file.resolve())][2]] for language, file in pairs]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def check_identity(file: Path, theirs: dict[str, Any], identity: dict[str, Any], settings: Settings) -> None:
+    """Raise UserError if an earlier run, whose identity stands in `file`, was another than this one."""
+    for key, value in identity.items():
+        if theirs.get(key) == value:
+            continue
+        difference = {
+            "model": f"began from another checkpoint than {settings.model} is now",
+            "data": f"was trained on other data than {settings.data} holds now",
+        }.get(key, f"had {key} {theirs.get(key)}, this one has {value}")
+        remedy = "name another --out, or start over with --resume never"
+        raise UserError(f"{file}: the earlier run {difference}; {remedy}")
+
+
+def make_base(settings: Settings, corpus: Corpus, device: str, dtype: torch.dtype, clear_all: bool) -> None:
+    """Hold documents out, learn the vocabulary, extend the checkpoint; what an earlier run left goes."""
+    out, model = Path(settings.out), Path(settings.model)
+    base_tokenizer = Tokenizer.from_pretrained(model)
+    test_documents, train_documents = corpus.load("test"), corpus.stream("train")
+    if settings.extend_vocab:
+        words = count_words(sample(train_documents, settings.alpha, settings.seed))
+        if settings.vocab_method == "union":
+            model_file = merge(base_tokenizer, Tokenizer(train_pieces(words, settings.extend_vocab)))
+        else:
+            model_file = continue_merges(base_tokenizer, words, settings.extend_vocab)
+        tokenizer = Tokenizer(model_file)
+        if len(tokenizer) == len(base_tokenizer):
+            has_all = f"the tokenizer has all {settings.extend_vocab:,} pieces already"
+            raise UserError(f"{model}: {has_all}; give --extend-vocab 0")
+
+    clear(out, clear_all)
+    with atomic_directory(out / "held_out") as folder:
+        for language, texts in test_documents.items():
+            lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+            (folder / f"{language}.jsonl").write_text("".join(lines), encoding="utf-8")
+    if settings.extend_vocab:
+        drawn = sample(train_documents, settings.alpha, settings.seed)
+        extend_checkpoint(model, tokenizer, out / "base", settings.init, settings.seed, drawn, device, dtype)
+
+
+def clear(out: Path, clear_all: bool) -> None:
+    """Make the output folder, and take away what an earlier run left (clear_all: its checkpoints, too)."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "run.json").exists() and any(entry.name != ".lock" for entry in out.iterdir()):
+        found = "the folder holds something that is no result of train.py"
+        raise UserError(f"{out}: {found}; name an empty or a new --out")
+    write_json(out / "run.json", {})  # the folder is ours; if nothing can be written this fails now
+    for name in ("nll.json", "metrics.jsonl", "loss.png", "nll.png"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("adapter", "base", "held_out", "tensorboard", *(["checkpoints"] if clear_all else [])):
+        shutil.rmtree(out / name, ignore_errors=True)

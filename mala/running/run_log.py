@@ -1,0 +1,148 @@
+"""What a run shows: a progress bar, metrics.jsonl, TensorBoard if asked for, and a table at the end.
+
+metrics.jsonl holds one JSON object per logged step: `step`, `tokens` (seen so far), `loss` (nats a token, the
+mean since the line before), `lr`, `grad_norm`, `tokens_per_second`, `waiting` (the share of the time in which
+the model waited for data), `peak_memory_gb`, on known GPUs `mfu`, and if held-out text was measured
+`nll_per_document` (nats, the macro-average) and `languages`, language -> nats a document.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mala.cli import print_table
+from mala.running.distributed import World
+from mala.running.flops import peak_flops
+from mala.storage.files import atomic_file, named
+
+
+class RunLog:
+    """Only the main process writes; the others keep the same state, which goes into every checkpoint. state:
+    of the checkpoint that the run goes on from, else `{"step": 0}`. tokens and flops: of a step, in all
+    processes."""
+
+    def __init__(self, out: Path, state: dict[str, Any], steps: int, tokens: int, flops: int, world: World):
+        self.state = {"logged_step": 0, "loss": 0.0, **state}  # `loss` is summed up from one line to the next
+        self.tokens, self.flops, self.world = tokens, flops, world
+        self.timed_from, self.time, self.waited = state["step"], time.perf_counter(), 0.0
+        self.file = self.tensorboard = None
+        disable = None if world.is_main else True  # None: shown if there is a terminal
+        self.bar = tqdm(total=steps, initial=state["step"], desc="training", unit="step", disable=disable)
+        self.path = out / "metrics.jsonl"
+        if world.is_main:
+            rewind(self.path, state["step"])
+            self.file = open(self.path, "a", encoding="utf-8", buffering=1)
+
+    def open_tensorboard(self) -> None:
+        if self.file:
+            from torch.utils.tensorboard import SummaryWriter
+
+            first = self.timed_from + 1 if self.timed_from else None  # from there on a killed run's goes
+            self.tensorboard = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=first)
+
+    def add(self, loss: float, waited: float) -> None:
+        """After every step: its loss, and the seconds that it waited for data."""
+        self.state["loss"] += loss
+        self.waited += waited
+        self.bar.update()
+
+    def write(self, step: int, nll: dict[str, dict] | None = None, **figures: float) -> None:
+        """A line of metrics.jsonl, for the steps since the last. nll: of held-out text, if measured."""
+        seconds, steps = time.perf_counter() - self.time, step - self.timed_from
+        speed = steps * self.tokens / seconds
+        line = {
+            "step": step,
+            "tokens": step * self.tokens,
+            "loss": self.state["loss"] / (step - self.state["logged_step"]),
+            **figures,
+            "tokens_per_second": speed,
+            "waiting": self.waited / seconds,
+            "peak_memory_gb": peak_memory(self.world.device) / 1e9,
+        }
+        if self.world.device != "cpu" and (peak := peak_flops(torch.cuda.get_device_name())):
+            line["mfu"] = steps * self.flops / seconds / (peak * self.world.size)
+        scalars = {name: value for name, value in line.items() if name != "step"}
+        if nll:
+            line["nll_per_document"] = scalars["nll_per_document"] = nll["macro"]["nll_per_document"]
+            of_languages = nll["languages"].items()
+            line["languages"] = {language: one["nll_per_document"] for language, one in of_languages}
+            scalars |= {f"nll/{language}": nats for language, nats in line["languages"].items()}
+        if self.file:
+            with named(self.path):
+                self.file.write(json.dumps(line) + "\n")
+        if self.tensorboard:
+            for name, value in scalars.items():
+                self.tensorboard.add_scalar(name, value, step)
+        self.bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_second=f"{speed:,.0f}")
+        self.state |= {"logged_step": step, "loss": 0.0}
+        self.time, self.timed_from, self.waited = time.perf_counter(), step, 0.0
+
+    def flush(self) -> None:
+        """To the disk itself: a checkpoint must not be there without the lines before it."""
+        if self.file:
+            with named(self.path):
+                os.fsync(self.file.fileno())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in the block, such as saving, does not count in the speed of training."""
+        began = time.perf_counter()
+        yield
+        self.time += time.perf_counter() - began
+
+    def close(self) -> None:
+        for opened in (self.bar, self.file, self.tensorboard):
+            if opened is not None:
+                opened.close()
+
+
+def rewind(metrics: Path, step: int) -> None:
+    """Take away the lines after `step`, which a killed run wrote, the last maybe by half."""
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines() if step and metrics.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with atomic_file(metrics) as file:
+        file.writelines(kept)
+
+
+def peak_memory(device: str) -> int:
+    """In bytes: of the GPU if there is one, else the resident memory of the process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows, which no other part needs to know
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def print_nll(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """A table of languages, best first, and one line of summary."""
+    changes = {
+        language: after["languages"][language]["nll_per_document"] / was["nll_per_document"] - 1
+        for language, was in before["languages"].items()
+    }
+    rows = []
+    for language in sorted(changes, key=changes.get):
+        was, now = before["languages"][language], after["languages"][language]
+        nll = [f"{figures['nll_per_document']:.1f}" for figures in (was, now)]
+        bits = [f"{figures['bits_per_byte']:.2f}" for figures in (was, now)]
+        rows.append((language, str(was["documents"]), *nll, f"{changes[language]:+.1%}", *bits))
+    print_table(("language", "documents", "NLL before", "after", "change", "bits/byte before", "after"), rows)
+    (b, a), n = (before["macro"], after["macro"]), len(changes)
+    change = a["nll_per_document"] / b["nll_per_document"] - 1
+    print(
+        f"held-out NLL, nats a document, mean of {n} languages: {b['nll_per_document']:.1f} -> "
+        f"{a['nll_per_document']:.1f} ({change:+.1%}), bits per byte {b['bits_per_byte']:.2f} -> "
+        f"{a['bits_per_byte']:.2f}; improved: {sum(value < 0 for value in changes.values())} of {n}"
+    )

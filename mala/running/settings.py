@@ -1,0 +1,98 @@
+"""The settings of train.py: each is a flag, a key of a recipe in configs/, and a line of --help."""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from mala.cli import UserError, check_folder, check_ranges, option
+from mala.lora import LoRAConfig
+from mala.words.new_rows import INITS
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+METHODS = ("union", "continue")  # pieces learnt apart, as MaLA-500, or further merges on the base's own
+
+
+@dataclass
+class Settings:
+    config: str | None = option(None, "a recipe, TOML: keys as the flags here, with underscores")
+    model: str = option(str(ASSETS / "tiny-llama"), "the base checkpoint: a folder, or a name on the hub")
+    data: str = option(str(ASSETS / "demo/sib200"), "the corpus, a folder with one entry per language")
+    out: str = option("out/demo", "where the results go")
+    resume: str = option("auto", "auto: from the newest checkpoint; never: anew; or a checkpoint's folder")
+    tokens: str | None = option(None, "where token files go, for runs to share; default: tokens/ in --out")
+    dry_run: bool = option(False, "print what would run, and what it would take, and write nothing")
+    langs: tuple[str, ...] = option((), "train on these languages of the corpus only")
+    held_out: float = option(0.2, "last share of each language to measure, if it has no test split")
+    max_held_out: int = option(1000, "at most this many of them a language")
+
+    extend_vocab: int = option(4000, "learn this many pieces and add what the tokenizer lacks; 0: none")
+    vocab_method: str = option("union", "pieces learnt apart, or further merges", choices=METHODS)
+    init: str = option("subtokens", "how new rows start, see mala/words/new_rows.py", choices=tuple(INITS))
+    r: int = option(8, "LoRA rank")
+    lora_alpha: float = option(32.0, "LoRA scale, divided by the rank")
+    lora_dropout: float = option(0.1, "dropout before LoRA's A")
+    use_rslora: bool = option(False, "divide the scale by the rank's square root instead")
+    target_modules: tuple[str, ...] = option(("q_proj", "v_proj"), "the layers that get LoRA, or all-linear")
+    modules_to_save: tuple[str, ...] = option(("embed_tokens", "lm_head"), "the modules that train whole")
+
+    epochs: float = option(12.0, "passes over the corpus's tokens")
+    steps: int | None = option(None, "optimizer steps; if given, they count and not the epochs")
+    seq_len: int = option(128, "tokens a block")
+    batch_size: int = option(16, "blocks an optimizer step")
+    micro_batch_size: int | None = option(None, "blocks a forward pass, the rest accumulates; default: all")
+    lr: float = option(5e-3, "highest learning rate")
+    warmup_steps: int = option(20, "linear warm-up; then the rate falls linearly, to 0 after the last step")
+    weight_decay: float = option(0.1, "AdamW's")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    alpha: float = option(0.3, "languages are drawn by n^alpha, n their number of documents")
+    seed: int = option(0, "decides, with settings and corpus, every bit of the result on one machine")
+
+    log_every: int = option(10, "steps between two lines of metrics.jsonl")
+    save_every: int = option(50, "steps between two checkpoints")
+    keep: int = option(2, "the newest checkpoints that are kept")
+    eval_every: int | None = option(
+        None, "steps between two measurements of held-out text; default: none on the way"
+    )
+    eval_documents: int = option(50, "at most this many documents of each language then")
+    tensorboard: bool = option(False, "write to tensorboard/ in --out, too (pip install tensorboard)")
+
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = option("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
+
+    def __post_init__(self) -> None:
+        positive = (
+            "steps seq_len batch_size micro_batch_size lr log_every save_every keep eval_every eval_documents"
+        )
+        for name in f"{positive} max_grad_norm epochs".split():
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}, expected a positive number")
+        from_zero = ("extend_vocab", "warmup_steps", "weight_decay", "alpha", "max_held_out", "seed")
+        check_ranges(self, {name: (0, 2**32 - 1) for name in from_zero})
+        if self.steps and self.steps * self.batch_size > 2**31:
+            blocks = f"{self.steps:,} steps of {self.batch_size:,} blocks"
+            raise UserError(f"{blocks} are more than the 2^31 that can be planned")
+        for folder in (self.out, self.tokens or self.out):
+            check_folder(folder)
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--tensorboard takes the package tensorboard: pip install tensorboard")
+        for source in (self.model, self.data):
+            if Path(self.out).resolve() in (Path(source) / "inside").resolve().parents:
+                lies = f"{source}: lies in --out {self.out}"
+                raise UserError(f"{lies}, whose results are replaced; name another --out")
+
+    def lora(self) -> LoRAConfig:
+        names = "r lora_alpha lora_dropout target_modules modules_to_save use_rslora".split()
+        return LoRAConfig(**{name: getattr(self, name) for name in names})
+
+    def micro_batch(self, processes: int) -> int:
+        """Blocks a forward pass of each process."""
+        size = self.micro_batch_size or max(1, self.batch_size // processes)
+        if self.batch_size % (size * processes):
+            times = f" x {processes} processes" if processes > 1 else ""
+            raise UserError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {size}{times}"
+            )
+        return size

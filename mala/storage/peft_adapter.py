@@ -1,0 +1,173 @@
+"""Adapters on disk: `adapter_config.json` and `adapter_model.safetensors` with PEFT's key names, so that ours
+load in PEFT and PEFT's load here, MaLA-500's published one among them."""
+
+import re
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mala.cli import REQUIRED, UserError, option, parse_command
+from mala.lora import LoRAConfig, LoRALinear, add_lora, has_adapter, merge_lora, saved_modules
+from mala.model import Llama, LlamaConfig
+from mala.storage.adapter_config import SAVEABLE, read_adapter_config
+from mala.storage.files import atomic_directory, read_json, write_json
+from mala.storage.weights import Tensors, copy_companions, read_bin, read_tensors, write_tensors
+
+PREFIX = "base_model.model."  # what PEFT puts before a module's own name
+EMBED_TOKENS, LM_HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"  # of SAVEABLE
+
+
+def adapter_tensors(model: Llama, saved: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """PEFT's name -> parameter, for all that an adapter holds: every A and B, and the modules in `saved`."""
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
+    for name, module in saved_modules(model, saved).items():
+        tensors[f"{PREFIX}{name}.weight"] = module.weight
+    return tensors
+
+
+def save_adapter(model: Llama, directory: str | Path, base: str = "", tensors: Tensors | None = None) -> None:
+    """Write the adapter in PEFT's format. Raises UserError if the model has none. base: where its base lies,
+    for whoever loads it. tensors: those of `adapter_tensors`, if processes had to gather them."""
+    if not has_adapter(model):
+        raise UserError("the model has no adapter to save; a merged one is part of the model's weights")
+    tensors = dict(tensors or adapter_tensors(model, model.lora_saved))
+    if model.config.tie_word_embeddings and LM_HEAD in tensors:
+        # Written twice, as PEFT does: safetensors refuses two names for one memory.
+        tensors[LM_HEAD] = tensors[LM_HEAD].detach().clone()
+    write_tensors(Path(directory) / "adapter_model.safetensors", tensors)
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+    config = {**asdict(model.lora_config), **settings, "base_model_name_or_path": base}
+    write_json(Path(directory) / "adapter_config.json", config)
+
+
+@torch.no_grad()
+def load_adapter(model: Llama, directory: str | Path) -> None:
+    """Put the adapter in `directory` on `model`, which is left as it was if the two do not fit (UserError).
+
+    - If it has more rows of embed_tokens and lm_head than the base, as MaLA-500's, the model gets those.
+    - If it holds one of them without training it (PEFT's `save_embedding_layers`), that replaces the base's.
+    - If they are one matrix in the base and two in the adapter, the model has two from then on, as in PEFT.
+    """
+    directory = Path(directory)
+    config = read_adapter_config(directory, LoRAConfig)
+    if has_adapter(model):
+        raise UserError(f"{directory}: the model has an adapter already; merge it first")
+    file, tensors = _read_adapter(directory)
+    whole = {name: tensors[key] for name, key in zip(SAVEABLE, (EMBED_TOKENS, LM_HEAD)) if key in tensors}
+    saved = tuple({*config.modules_to_save, *whole})
+    rows, is_tied = model.config.vocab_size, model.config.tie_word_embeddings
+    if len(whole) == 2:
+        rows = max(rows, *whole["embed_tokens"].shape[:1])
+    if whole:
+        is_tied = is_tied and len(whole) == 2 and torch.equal(*whole.values())
+    fitted = replace(model.config, vocab_size=rows, tie_word_embeddings=is_tied)
+    _check_fits(fitted, config, saved, file, tensors)
+
+    model.config = fitted
+    if whole:
+        # add_lora makes float32 copies of those that train; the others take the base's dtype.
+        matrices = []
+        for name, module in zip(SAVEABLE, saved_modules(model, SAVEABLE).values()):
+            new = whole.get(name, module.weight)
+            dtype = new.dtype if name in config.modules_to_save else module.weight.dtype
+            matrices.append(new.to(module.weight.device, dtype))
+        model.replace_vocabulary(*matrices)
+    add_lora(model, config)
+    model.lora_saved = saved
+    for name, parameter in adapter_tensors(model, ()).items():
+        parameter.copy_(tensors[name])
+
+
+def _check_fits(base: LlamaConfig, lora: LoRAConfig, saved: tuple, file: Path, tensors: Tensors) -> None:
+    """Raise UserError for a tensor that does not fit a plan of the model, which takes no memory."""
+    with torch.device("meta"):
+        plan = Llama(base)
+        try:
+            add_lora(plan, lora)
+        except UserError as error:
+            raise UserError(f"{file.with_name('adapter_config.json')}: {error}") from None
+    expected = adapter_tensors(plan, saved)
+    if odd := sorted(tensors.keys() ^ expected.keys()):
+        found = f"{'an extra' if odd[0] in tensors else 'no'} {odd[0]!r}"
+        raise UserError(f"{file}: {len(odd)} tensors differ from those of this model: there is {found}")
+    for name, tensor in tensors.items():
+        found, shape = f"{file}: {name}", tuple(expected[name].shape)
+        if tensor.shape != shape or not tensor.is_floating_point():
+            found += f" is {tensor.dtype} {tuple(tensor.shape)}"
+            raise UserError(f"{found}, expected floating point {shape}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{found} holds NaN or infinity, expected numbers; its training diverged")
+
+
+def _read_adapter(directory: Path) -> tuple[Path, Tensors]:
+    """The file of an adapter's tensors, and the tensors, under the plainest of the names that PEFT has given:
+    `…lora_A[.default].weight`; of a saved module `lm_head[.modules_to_save[.default]].weight`, over a resized
+    base both; and of what it was before training `lm_head.original_module.weight`, which is left out."""
+    file = directory / "adapter_model.safetensors"
+    if not file.exists() and (directory / "adapter_model.bin").exists():
+        file = directory / "adapter_model.bin"
+    plain, trained = {}, {}
+    for name, tensor in read_tensors(file) if file.suffix == ".safetensors" else read_bin(file):
+        name = re.sub(r"\.lora_([AB])\.[^.]+\.weight$", r".lora_\1.weight", name)
+        saved = re.sub(r"\.modules_to_save(\.[^.]+)?\.weight$", ".weight", name)
+        if saved != name:
+            trained[saved] = tensor
+        elif ".original_module." not in name:
+            plain[name] = tensor
+    return file, {**plain, **trained}
+
+
+def merge_checkpoint(base: Path, adapter: Path, out: Path) -> None:
+    """Write a plain checkpoint of `base` with `adapter` merged into it, in the base's dtype. The base's other
+    files come along, but the adapter's tokenizer, if it has one. Raises UserError if `out` exists, if the
+    adapter has more rows than the base but no tokenizer, and as `load_adapter` does."""
+    tokenizer = adapter / "tokenizer.model"
+    with atomic_directory(out) as temporary:
+        model = Llama.from_pretrained(base)
+        dtype, rows = model.lm_head.weight.dtype, model.config.vocab_size
+        load_adapter(model, adapter)
+        config = model.config
+        if config.vocab_size > rows and not tokenizer.exists():
+            found = f"the adapter has {config.vocab_size:,} rows and its base {rows:,}"
+            raise UserError(f"{adapter}: there is no tokenizer.model, but {found}; add that of its training")
+        merge_lora(model)
+        for module in saved_modules(model, SAVEABLE).values():
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+        model.tie_weights()
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise UserError(f"{base} + {adapter}: {name} holds NaN or infinity, expected numbers")
+        model.save_pretrained(temporary)
+        copy_companions(base, temporary, with_vocabulary=not tokenizer.exists())
+        if tokenizer.exists():
+            shutil.copyfile(tokenizer, temporary / "tokenizer.model")
+        # The base's own file, with what transformers keeps there and this code does not need.
+        own = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+        write_json(temporary / "config.json", {**read_json(base / "config.json"), **own})
+
+
+@dataclass
+class Merge:
+    """Write a plain checkpoint, with the adapter merged into its base."""
+
+    model: str = option(REQUIRED, "the base checkpoint's folder")
+    adapter: str = option(REQUIRED, "the adapter's folder")
+    out: str = option(REQUIRED, "the checkpoint folder to write")
+
+    def run(self) -> None:
+        merge_checkpoint(Path(self.model), Path(self.adapter), Path(self.out))
+        print(f"{self.out}: {self.model} + {self.adapter}, merged")
+
+
+COMMANDS = {"merge": Merge}
+
+
+def main() -> None:
+    parse_command("python -m mala.lora", COMMANDS).run()

@@ -1,0 +1,167 @@
+"""The weights of a checkpoint, in the Hugging Face layout: `model.safetensors`, or shards and their index.
+
+- Weights are read through a memory map, one tensor at a time: no checkpoint is ever twice in memory.
+- A pickle can run any code and is never loaded, except PEFT's first adapters, as tensors alone (`read_bin`).
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mala.cli import UserError
+from mala.storage.files import COPY_BYTES, atomic_path, read_json, write_json
+
+Tensors = dict[str, Tensor]  # by name
+Device = torch.device | str
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 1000**3  # as transformers cuts
+# What does not go with a checkpoint of other weights or pieces: weights in other formats, the old pieces.
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+VOCABULARY = ("tokenizer.model", "tokenizer.json", "added_tokens.json")
+
+
+def read_tensors(file: Path, only: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a safetensors file, or those among `only`, as views of a memory map."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                if not only or name in only:
+                    yield name, tensors.get_tensor(name)
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file; get the checkpoint in safetensors format") from None
+    except OSError as error:  # a folder of that name, say
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    except SafetensorError as error:
+        raise UserError(f"{file}: truncated or not a safetensors file ({error}); download it again") from None
+
+
+def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a file of `torch.save`, as PEFT wrote adapters at first."""
+    open(file, "rb").close()  # what cannot be opened is the system's to say
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception:  # on bytes that are no pickle its unpickler fails in many ways
+        raise UserError(f"{file}: truncated, or it holds more than tensors; download it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{file}: found a {type(tensors).__name__}, expected a dict of tensors")
+    yield from tensors.items()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """`model.safetensors` of a model folder, or the shards that its index names."""
+    index = directory / INDEX
+    if (directory / WEIGHTS).exists() or not index.exists():
+        return [directory / WEIGHTS]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{index}: no 'weight_map' from tensor names to files; download it again")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise UserError(f"{index}: names the file {shard!r}, expected one in the same folder")
+    return [directory / shard for shard in shards]
+
+
+def read_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a model folder."""
+    for file in weight_files(directory):
+        yield from read_tensors(file)
+
+
+def load_weights(model: nn.Module, directory: Path, dtype: torch.dtype | None, device: Device) -> None:
+    """Fill a Llama that was built on `meta` from a model folder: each tensor is mapped, cast and moved alone.
+    Raises UserError if one is missing, left over, of another shape or not floating point."""
+    missing = {name: parameter.shape for name, parameter in model.named_parameters()}
+    is_tied, tied_head = model.config.tie_word_embeddings, None
+    for name, tensor in read_weights(directory):
+        if name.endswith("rotary_emb.inv_freq"):  # a buffer that old exports hold; it follows from the config
+            continue
+        if name == "lm_head.weight" and is_tied:  # old exports hold the one matrix twice
+            tied_head = tensor.to(device=device, dtype=dtype)
+            continue
+        if name not in missing:
+            raise UserError(f"{directory}: the weights hold {name!r}, which config.json has no place for")
+        shape = missing.pop(name)
+        if tensor.shape != shape or not tensor.is_floating_point():
+            found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            expected = f"floating point {tuple(shape)} by config.json; the two are not of one checkpoint"
+            raise UserError(f"{directory}: {name} is {found}, expected {expected}")
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+    if missing:
+        first = next(iter(missing))
+        raise UserError(f"{directory}: the weights lack {len(missing)} tensors, the first is {first!r}")
+    model.tie_weights()
+    if tied_head is not None and not tied_head.is_meta and not torch.equal(tied_head, model.lm_head.weight):
+        raise UserError(f"{directory}: lm_head.weight is not embed_tokens, but config.json ties the two")
+
+
+def rewrite_tensors(source: Path, target: Path, changed: Tensors) -> None:
+    """Copy a safetensors file as bytes, with tensors of the same dtype in place of those in `changed`. Such a
+    file is the length of its header (8 bytes, little-endian), the header, JSON with every tensor's dtype,
+    shape and place, and the tensors' bytes (github.com/huggingface/safetensors, "Format")."""
+    with open(source, "rb") as old, open(target, "wb") as new:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        data, end = old.tell(), 0
+        spans = sorted((*one["data_offsets"], name) for name, one in header.items() if name != "__metadata__")
+        for start, stop, name in spans:
+            size = stop - start
+            if name in changed:
+                header[name]["shape"], size = list(changed[name].shape), changed[name].nbytes
+            header[name]["data_offsets"] = [end, end + size]
+            end += size
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8 bytes
+        new.write(len(encoded).to_bytes(8, "little") + encoded)
+        for start, stop, name in spans:
+            if name in changed:
+                new.write(changed[name].detach().cpu().contiguous().view(torch.uint8).numpy())
+                continue
+            old.seek(data + start)
+            for left in range(stop - start, 0, -COPY_BYTES):
+                new.write(old.read(min(left, COPY_BYTES)))
+
+
+def copy_companions(source: Path, target: Path, with_vocabulary: bool) -> None:
+    """Copy the small files beside the weights of a model folder: generation_config.json, the licence, ..."""
+    for file in sorted(source.iterdir()):
+        is_weights = file.suffix in OTHER_WEIGHTS or file.name == INDEX
+        if file.is_file() and not is_weights and (with_vocabulary or file.name not in VOCABULARY):
+            shutil.copyfile(file, target / file.name)
+
+
+def write_weights(directory: Path, tensors: Tensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes` and their index, in this order."""
+    shards, room = [{}], max_shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+
+    files, count = {WEIGHTS: shards[0]}, len(shards)
+    (directory / INDEX).unlink(missing_ok=True)
+    if count > 1:
+        files = {f"model-{i:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        weight_map = {name: file for file, shard in files.items() for name in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for file, shard in files.items():
+        write_tensors(directory / file, shard)
+    for file in {*directory.glob("model*.safetensors")} - {directory / name for name in files}:
+        file.unlink()  # of an earlier checkpoint, cut otherwise
+
+
+def write_tensors(file: Path, tensors: Tensors) -> None:
+    """One safetensors file; `format: pt` is what transformers and PEFT look for."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(file) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})

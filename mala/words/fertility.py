@@ -1,0 +1,114 @@
+"""What an extended tokenizer brings, language by language: `python -m mala.vocab report`."""
+
+import re
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from mala.cli import UserError, print_table
+from mala.storage.corpus import script_of
+from mala.words.tokenizer import WORD_START, Tokenizer
+
+# Scripts whose words no space divides (ISO 15924): their unit of fertility is the character (code point).
+UNSPACED = set("Bali Hani Hans Hant Hira Java Jpan Kana Khmr Lana Laoo Mymr Thai Tibt Yiii".split())
+WORD = re.compile(r"[^\s፡]+")  # between spaces or Ethiopic wordspaces
+
+
+def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> dict[str, float]:
+    """One language: `fertility`, tokens per word (per character in scripts without spaces), `bytes_per_token`
+    (UTF-8), and the shares of tokens that are bytes (`byte_share`) and `<unk>` (`unk_share`)."""
+    units = size = tokens = in_bytes = unknown = 0
+    unk = tokenizer.processor.unk_id()
+    for text in documents:
+        ids = tokenizer.encode(text)
+        words = WORD.findall(text)
+        units += len("".join(words)) if script_of(language) in UNSPACED else len(words)
+        size += len(text.encode())
+        tokens += len(ids)
+        in_bytes += sum(i in tokenizer.byte_ids for i in ids)
+        unknown += ids.count(unk)
+    if not units or not tokens:
+        raise UserError(f"{language}: the text holds no words for {tokenizer.name}; leave this language out")
+    shares = {"byte_share": in_bytes / tokens, "unk_share": unknown / tokens}
+    return {"fertility": tokens / units, "bytes_per_token": size / tokens, **shares}
+
+
+def unreachable(tokenizer: Tokenizer) -> list[str]:
+    """The pieces of a BPE model that no text encodes to: the piece alone, between characters that are in no
+    piece, decides it (mala/words/further_merges.py says why)."""
+    pieces = list(tokenizer.scores())
+    used = set("".join(pieces))
+    stranger = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)  # for private use
+    texts = [f"{stranger}{piece.replace(WORD_START, ' ')}{stranger}" for piece in pieces]
+    encoded = tokenizer.encode_batch(texts)
+    return [piece for piece, ids in zip(pieces, encoded) if tokenizer.processor.piece_to_id(piece) not in ids]
+
+
+def fertility_report(base: Tokenizer, new: Tokenizer, documents: Mapping[str, Iterable[str]]) -> dict:
+    """`{"languages": {lang: {"base": F, "new": F}}, "macro": {"base": F, "new": F}, "pieces": {...}}`.
+
+    F is what `measure` returns. macro gives every language the same weight; its `fertility` is that of the
+    languages with spaces, `fertility_characters` that of the others. pieces: `base`, `new` and `added` count
+    them, `unreachable_base`, `unreachable_new` and `unreachable_added` those of each that no text encodes to.
+    Raises UserError if `new` is no extension of `base`.
+    """
+    new.check_extends(base)
+    languages = {}
+    bar = tqdm(documents.items(), desc="encoding", unit="language", leave=False, disable=None)
+    for language, texts in bar:
+        languages[language] = {"base": measure(base, language, texts), "new": measure(new, language, texts)}
+    lost = unreachable(new)
+    pieces = {"base": len(base), "new": len(new), "added": len(new) - len(base)}
+    pieces |= {"unreachable_base": len(unreachable(base)), "unreachable_new": len(lost)}
+    pieces["unreachable_added"] = len(set(lost) - set(base.pieces))
+    macros = {side: macro_average(languages, side) for side in ("base", "new")}
+    return {"languages": languages, "macro": macros, "pieces": pieces}
+
+
+def macro_average(languages: dict[str, dict], side: str) -> dict[str, float]:
+    shared = ("bytes_per_token", "byte_share", "unk_share")
+    average = {key: fmean(sides[side][key] for sides in languages.values()) for key in shared}
+    for unit, chosen in by_unit(languages).items():
+        key = "fertility" if unit == "word" else "fertility_characters"
+        average[key] = fmean(languages[name][side]["fertility"] for name in chosen)
+    return average
+
+
+def by_unit(languages: Iterable[str]) -> dict[str, list[str]]:
+    """The unit of fertility, "word" or "character" -> the languages that have it, if there are any."""
+    units: dict[str, list[str]] = {"word": [], "character": []}
+    for language in languages:
+        units["character" if script_of(language) in UNSPACED else "word"].append(language)
+    return {unit: chosen for unit, chosen in units.items() if chosen}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """A table of languages, those that gain most first, and a summary in two lines."""
+
+    def row(name: str, sides: dict[str, dict], key: str = "fertility") -> list[str]:
+        base, new = sides["base"], sides["new"]
+        fertility = [f"{base[key]:.2f}", f"{new[key]:.2f}", f"{new[key] / base[key] - 1:+.1%}"]
+        size = [f"{side['bytes_per_token']:.2f}" for side in (base, new)]
+        shares = [f"{side[share]:.1%}" for share in ("byte_share", "unk_share") for side in (base, new)]
+        return [name, *fertility, *size, *shares]
+
+    def change(language: str) -> float:
+        return languages[language]["new"]["fertility"] / languages[language]["base"]["fertility"]
+
+    languages, macro, pieces = report["languages"], report["macro"], report["pieces"]
+    rows = [row(language, languages[language]) for language in sorted(languages, key=change)]
+    last = [row("macro-average", macro)] if "fertility" in macro["base"] else []
+    if "fertility_characters" in macro["base"]:
+        last.append([*row("macro-average*", macro, "fertility_characters")[:4], *[""] * 6])
+    columns = ("fertility", "extended", "change", "bytes/token", "extended")
+    print_table(("language", *columns, "byte tokens", "extended", "<unk>", "extended"), rows, last)
+    unspaced = by_unit(languages).get("character")
+    characters = f"; tokens per character (*) in {', '.join(unspaced)}" if unspaced else ""
+    print(f"fertility: tokens per word{characters}")
+    added, lost = pieces["unreachable_added"], pieces["unreachable_new"] - pieces["unreachable_added"]
+    print(
+        f"{pieces['base']:,} pieces -> {pieces['new']:,}; no text encodes to {added:,} of the "
+        f"{pieces['added']:,} added, nor to {lost:,} of the base's ({pieces['unreachable_base']:,} before)"
+    )

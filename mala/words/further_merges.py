@@ -1,0 +1,134 @@
+"""Continue a BPE tokenizer: learn new pieces on top of those it has, so that every new piece can occur.
+
+A union of two BPE models leaves pieces that no text produces: to build one, an intermediate piece is needed
+that a merge of the other model has used up. Here text is first segmented as the base does it, and only then
+are neighbours merged further ("Teaching Old Tokenizers New Words", arXiv 2512.03989, does this for byte-level
+BPE). Each new piece has a lower score than all before it, so an encoder does everything it did before, and
+the new merges after that, in the order learnt.
+
+Why every new piece is reachable: when it is learnt, its two halves stand side by side in a word, each the
+outcome of merges that stayed within it. Alone between characters that merge with nothing, the same merges
+happen in the same order, and then the new one; no later piece has anything left to merge there.
+"""
+
+import heapq
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+from tqdm import tqdm
+
+from mala.words.tokenizer import WORD_START
+
+MAX_PIECE = 16  # characters, SentencePiece's own limit
+MAX_FRAGMENT = 64  # symbols
+Scores = dict[str, float]  # piece -> score; the higher is merged first
+
+
+def learn_pieces(words: dict[str, int], symbols: dict[str, list[str]], known: Scores, size: int) -> list[str]:
+    """The next `size` pieces of a BPE, in order; fewer if the text yields no more.
+
+    words: word -> how often it occurs. symbols: word -> the base's segmentation of it, in which a character
+    that is no piece stands for the bytes that it falls back to. known: the base's pieces.
+
+    A new piece is the pair of neighbouring pieces, or the character that is no piece yet, which saves the
+    most tokens; of several such, the first by text. The savings are counted once, and after that only in the
+    fragments of words that a new piece changes (Sennrich et al., arXiv 1508.07909).
+    """
+    counts: Counter[tuple[str, ...]] = Counter()
+    for word, count in words.items():
+        for fragment in _fragments(symbols[word]):
+            counts[fragment] += count
+    fragments: list[Sequence[str]] = list(counts)
+    times, scores, lowest = list(counts.values()), dict(known), min(known.values())
+    savings: defaultdict[str, int] = defaultdict(int)  # candidate -> the tokens that it would save
+    places: defaultdict[str, set[int]] = defaultdict(set)  # candidate -> the fragments that may hold it
+    for place, fragment in enumerate(fragments):
+        for candidate, tokens in _candidates(fragment, scores):
+            savings[candidate] += tokens * times[place]
+            places[candidate].add(place)
+    heap = [(-tokens, candidate) for candidate, tokens in savings.items()]
+    heapq.heapify(heap)
+
+    learnt: list[str] = []
+    with tqdm(total=size, desc="learning pieces", unit="piece", leave=False, disable=None) as bar:
+        while heap and len(learnt) < size:
+            tokens, piece = heapq.heappop(heap)
+            if -tokens != savings[piece]:  # it saves less by now: an entry is not changed before it comes up
+                if savings[piece] > 0:
+                    heapq.heappush(heap, (-savings[piece], piece))
+                continue
+            if -tokens < 2:  # a pair seen once: no regularity of a language
+                break
+            changed, grown = places.pop(piece), set()
+            for place in changed:
+                for candidate, tokens in _candidates(fragments[place], scores):
+                    savings[candidate] -= tokens * times[place]
+            learnt.append(piece)
+            scores[piece] = lowest - len(learnt)
+            for place in changed:
+                fragments[place] = merge_piece(fragments[place], piece, scores)
+                for candidate, tokens in _candidates(fragments[place], scores):
+                    savings[candidate] += tokens * times[place]
+                    if piece in candidate:  # no other candidate can save more than before
+                        places[candidate].add(place)
+                        grown.add(candidate)
+            for candidate in grown:
+                heapq.heappush(heap, (-savings[candidate], candidate))
+            bar.update()
+    return learnt
+
+
+def _fragments(symbols: list[str]) -> Iterator[tuple[str, ...]]:
+    """Cut a word where no new piece can lie across: in a fragment all neighbours are joinable, and stay so.
+    What stands between two spaces may be a whole line, in Chinese or Thai: many of its parts are alike, and
+    one of more than MAX_FRAGMENT symbols is cut on, at the cost of a pair."""
+    start = 0
+    for end in range(1, len(symbols) + 1):
+        if end == len(symbols) or end - start == MAX_FRAGMENT or not joinable(symbols[end - 1], symbols[end]):
+            yield tuple(symbols[start:end])
+            start = end
+
+
+def merge_piece(symbols: Sequence[str], piece: str, scores: Scores) -> list[str]:
+    """Encode on, as SentencePiece does, symbols in which nothing could be merged until `piece` came. BPE
+    merges again and again the neighbours whose union has the highest score, leftmost first. `piece` has the
+    lowest, so only where it arises can more be merged, and that comes before it arises elsewhere."""
+    symbols, i = list(symbols), 0
+    while i < len(symbols) - 1:
+        if symbols[i] + symbols[i + 1] != piece:
+            i += 1
+            continue
+        symbols[i : i + 2] = [piece]
+        while True:
+            pairs = [at for at in (i - 1, i) if 0 <= at < len(symbols) - 1]
+            pairs = [at for at in pairs if symbols[at] + symbols[at + 1] in scores]
+            if not pairs:
+                break
+            i = max(pairs, key=lambda at: scores[symbols[at] + symbols[at + 1]])  # the left one of equal ones
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+    return symbols
+
+
+def _candidates(symbols: Sequence[str], scores: Scores) -> list[tuple[str, int]]:
+    """(new piece, tokens that it saves) for each place in a fragment: a character saves all its bytes but
+    one, a pair one token. Both its halves are pieces, since transformers rebuilds the merges from pieces."""
+    characters = [(symbol, len(symbol.encode()) - 1) for symbol in symbols if symbol not in scores]
+    pairs = zip(symbols, symbols[1:])
+    pairs = [a + b for a, b in pairs if a in scores and b in scores and len(a) + len(b) <= MAX_PIECE]
+    return characters + [(pair, 1) for pair in pairs]
+
+
+def joinable(left: str, right: str) -> bool:
+    """Whether a piece may hold both: letters with letters, signs with signs, never digits, which LLaMA keeps
+    apart; and nothing across the beginning of a word."""
+    kinds = _kinds(left.removeprefix(WORD_START)) | _kinds(right)
+    return WORD_START not in right and kinds in ({"letter"}, {"sign"})
+
+
+@cache
+def _kinds(symbol: str) -> set[str]:
+    """Of the characters in a symbol; the joiners U+200C and U+200D shape the letters of many scripts."""
+    kinds = {"L": "letter", "M": "letter", "N": "digit"}
+    return {kinds.get("L" if c in "\u200c\u200d" else unicodedata.category(c)[0], "sign") for c in symbol}

@@ -1,0 +1,259 @@
+"""Rows for new pieces: `embed_tokens` and `lm_head` of a checkpoint, resized to a merged vocabulary.
+
+The ways to start them (`--init`) are in the table INITS: from the base's rows and the base's own segmentation
+of each new piece. Shapes: V_base and V rows before and after, D hidden size, N positions of text.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from mala.cli import UserError
+from mala.model import Llama, LlamaConfig
+from mala.storage.files import atomic_directory, read_json, write_json
+from mala.storage.weights import INDEX, WEIGHTS, copy_companions, read_tensors, rewrite_tensors, weight_files
+from mala.words.tokenizer import Tokenizer
+
+MATRICES = EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CHUNK = 4096  # rows made at a time: what is float32 stays small beside the matrix
+Segments = list[list[int]]  # the base tokens of each new piece
+Text = Iterable[tuple[str, int]]  # documents, each with the number of times that it was drawn
+
+
+def normal(base: Tensor, chunks: Iterable[Segments], std: float, generator: Generator) -> Iterator[Tensor]:
+    """N(0, initializer_range²), as transformers' `resize_token_embeddings` drew when MaLA-500 was trained.
+    Trap: a trained model's logits lie far below 0, and such a row's logit near 0: the new pieces take over
+    the softmax (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021)."""
+    for segments in chunks:
+        yield std * torch.randn(len(segments), base.shape[1], generator=generator, device=base.device)
+
+
+def mean(base: Tensor, chunks: Iterable[Segments], std: float, generator: Generator) -> Iterator[Tensor]:
+    """N(μ, 1e-9 Σ), μ and Σ of the base rows: Hewitt's remedy, transformers' `mean_resizing`."""
+    center = base.mean(0)  # (D,)
+    covariance = (base - center).T @ (base - center) / len(base)  # (D, D)
+    variances, directions = torch.linalg.eigh(covariance)
+    root = directions * (1e-9 * variances.clamp(min=0)).sqrt()  # root @ root.T = 1e-9 Σ, even if singular
+    for segments in chunks:
+        noise = torch.randn(len(segments), len(center), generator=generator, device=base.device)
+        yield center + noise @ root.T
+
+
+def subtokens(base: Tensor, chunks: Iterable[Segments], std: float, generator: Generator) -> Iterator[Tensor]:
+    """The mean of the rows of the piece's base tokens: what the base, which had to read and write the piece
+    in these parts, knows of it (Gee et al., "Fast Vocabulary Transfer", EMNLP 2022)."""
+    for segments in chunks:
+        ids = torch.tensor([token for tokens in segments for token in tokens], device=base.device)
+        starts = torch.tensor([0, *map(len, segments[:-1])], device=base.device).cumsum(0)
+        yield F.embedding_bag(ids, base, starts, mode="mean")
+
+
+@torch.no_grad()
+def calibrate(model: Llama, tokenizer: Tokenizer, first: int, drawn: Text, seed: int) -> None:
+    """Shift the head's rows from `first` on so that each piece's mean probability is its share of a text.
+
+    A bias per piece would do that (start at the logarithm of its frequency, and training need not learn it
+    first), but LLaMA's head has none. Its hidden states h have a large common part, though: with m their mean
+    and u = m / |m|², u·h is about 1 everywhere, so w_v + b_v u has the logits of w_v, plus about b_v. The b_v
+    are found by iterative scaling: from 0, b_v += log frequency_v - log mean probability_v (Darroch &
+    Ratcliff 1972). The frequencies come from all of `drawn`, the hidden states from some of it.
+    """
+    positions, rounds = 4096, 5
+    weight, device = model.lm_head.weight, model.lm_head.weight.device
+    counts, texts = count_tokens(tokenizer, drawn, np.random.default_rng(seed), keep=positions)
+    frequency = torch.from_numpy(counts + 1).float().to(device)  # once more than seen: no logarithm of 0
+    frequency /= frequency.sum()
+
+    states, times = [], []
+    for text, count in texts:
+        if len(times) >= positions:
+            break
+        ids = tokenizer.encode(text, bos=True)[: model.config.max_position_embeddings]
+        states.append(model.hidden_states(torch.tensor([ids], device=device))[0].float())  # (T, D)
+        times += [count] * len(ids)
+    hidden = torch.cat(states)  # (N, D)
+    share = torch.tensor(times, dtype=torch.float32, device=device)  # (N,), of each position in a mean
+    share /= share.sum()
+    common = share @ hidden
+    u = common / common.square().sum()  # (D,)
+    bias = torch.zeros(len(weight), device=device)  # (V,), 0 for the old rows
+    for _ in range(rounds):
+        probability = torch.zeros_like(bias)
+        for h, part in zip(hidden.split(256), share.split(256)):
+            logits = F.linear(h.to(weight.dtype), weight).float() + torch.outer(h @ u, bias)  # (256, V)
+            probability += part @ logits.softmax(-1)
+        bias[first:] += (frequency / probability.clamp(min=1e-30))[first:].log()
+    for rows, b in zip(weight[first:].split(CHUNK), bias[first:].split(CHUNK)):
+        rows.copy_(rows.float() + torch.outer(b, u))
+
+
+def count_tokens(
+    tokenizer: Tokenizer, drawn: Text, rng: np.random.Generator, keep: int
+) -> tuple[np.ndarray, list]:
+    """How often each token occurs in a text, (V,) float64, and `keep` of its documents in random order."""
+    counts, kept = np.zeros(len(tokenizer)), []
+    documents = enumerate(drawn)
+    while batch := list(islice(documents, 1000)):
+        encoded = tokenizer.encode_batch([text for _, (text, _) in batch])
+        for (number, document), ids in zip(batch, encoded):
+            np.add.at(counts, ids, document[1])
+            # Reservoir sampling: each document so far is kept with the same probability (Knuth, TAOCP 3.4.2).
+            place = number if number < keep else int(rng.integers(number + 1))
+            if place < keep:
+                kept[place : place + 1] = [document]
+    return counts, [kept[i] for i in rng.permutation(len(kept))]
+
+
+@dataclass(frozen=True)
+class Init:
+    """A way for new rows to start. rows: base rows (V_base, D) float32, segments in chunks,
+    initializer_range, generator -> the rows of each chunk. fit: moves them to a text; see `calibrate`."""
+
+    rows: Callable[[Tensor, Iterable[Segments], float, Generator], Iterator[Tensor]]
+    fit: Callable[[Llama, Tokenizer, int, Text, int], None] | None = None
+
+
+INITS = {
+    "normal": Init(normal),  # random, as large as an untrained model's: what MaLA-500's code did
+    "mean": Init(mean),  # the mean of all base rows: what transformers does now
+    "subtokens": Init(subtokens),  # the mean of the rows of the piece's segmentation: the default
+    "calibrated": Init(subtokens, fit=calibrate),  # and the head expects them as often as a text holds them
+}
+
+
+def extended_matrix(
+    old: Tensor, V_base: int, segments: Segments, init: str, std: float, seed: int, is_head: bool
+) -> Tensor:
+    """old (V_base or more, D) -> (V, D) of the same dtype: V_base old rows, then one for each of `segments`,
+    made in float32. Rows of the checkpoint beyond V_base pad its shape, and go."""
+    # embed_tokens and an untied head each have a seed: a row of the one is not the same row of the other.
+    generator = Generator(old.device).manual_seed(2 * seed + is_head)
+    base = old[:V_base].float()
+    if not base.isfinite().all():
+        raise UserError("the checkpoint's embed_tokens or lm_head holds NaN or infinity; mend or replace it")
+    matrix = old.new_empty(V_base + len(segments), old.shape[1])
+    matrix[:V_base] = old[:V_base]
+    chunks = (segments[start : start + CHUNK] for start in range(0, len(segments), CHUNK))
+    for new, rows in zip(matrix[V_base:].split(CHUNK), INITS[init].rows(base, chunks, std, generator)):
+        new.copy_(rows)
+    return matrix
+
+
+def segment_new(config: LlamaConfig, base: Tokenizer, merged: Tokenizer) -> Segments:
+    """The base tokens of each piece that `merged` adds to `base`, the tokenizer of `config`'s model. Raises
+    UserError if `base` does not fit the model or `merged` does not begin with all of `base`."""
+    base.check_fits(config.vocab_size)
+    merged.check_extends(base)
+    return base.segment(merged.pieces[len(base) :]) if len(merged) > len(base) else []
+
+
+@torch.no_grad()
+def extend_model(
+    model: Llama, base: Tokenizer, merged: Tokenizer, init: str = "subtokens", seed: int = 0, drawn: Text = ()
+) -> None:
+    """Give `embed_tokens` and `lm_head` a row for every piece that `merged` adds to `base`, the model's own.
+    drawn: a text for the initialisations with a `fit`. Raises UserError as `segment_new` does."""
+    segments, config = segment_new(model.config, base, merged), model.config
+    options = (len(base), segments, init, config.initializer_range, seed)
+    embed_tokens = lm_head = extended_matrix(model.get_parameter(EMBED_TOKENS), *options, False)
+    if not config.tie_word_embeddings:
+        lm_head = extended_matrix(model.get_parameter(LM_HEAD), *options, True)
+    model.replace_vocabulary(embed_tokens, lm_head)
+    if INITS[init].fit and segments:
+        INITS[init].fit(model, merged, len(base), drawn, seed)
+
+
+def extend_checkpoint(
+    source: Path,
+    merged: Tokenizer,
+    out: Path,
+    init: str,
+    seed: int,
+    drawn: Text = (),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """`extend_model` from one checkpoint folder to another, which appears when it is complete.
+
+    Only the two matrices are ever in memory, each while its shard is written; all else is copied as bytes. A
+    `fit` runs the model: it is loaded, on `device` in `dtype`, and its two matrices are then written as those
+    of the others. Raises UserError if `out` exists, if `source` is no such checkpoint, and as `extend_model`.
+    """
+    config, base = LlamaConfig.from_pretrained(source), Tokenizer.from_pretrained(source)
+    shards = weight_files(source)
+    check_added_tokens(source, base)
+    with atomic_directory(out) as temporary:
+        segments = segment_new(config, base, merged)
+        if not segments:
+            raise UserError(f"{merged.name}: adds no piece to {base.name}; nothing to extend")
+        found = {name: old for file in shards for name, old in read_tensors(file, MATRICES)}
+        check_matrices(source, config, found)
+        fitted = {}
+        if INITS[init].fit:
+            model = Llama.from_pretrained(source, dtype, device)
+            extend_model(model, base, merged, init, seed, drawn)
+            fitted = {name: model.get_parameter(name).detach() for name in MATRICES}
+            del model
+
+        def extended(name: str) -> Tensor:
+            name = EMBED_TOKENS if config.tie_word_embeddings else name
+            if fitted:
+                return fitted[name].to("cpu", found[name].dtype)
+            std = config.initializer_range
+            return extended_matrix(found[name], len(base), segments, init, std, seed, name == LM_HEAD)
+
+        copy_companions(source, temporary, with_vocabulary=False)
+        for file in tqdm(shards, desc="copying", unit="file", leave=False, disable=None):
+            names, target = [name for name, _ in read_tensors(file, MATRICES)], temporary / file.name
+            if names:  # the new matrices have no name here: they are gone before the next shard's are made
+                rewrite_tensors(file, target, {name: extended(name) for name in names})
+            else:
+                shutil.copyfile(file, target)
+        if shards != [source / WEIGHTS]:
+            write_index(source, temporary, found.values(), len(merged))
+        changed = {**read_json(source / "config.json"), "vocab_size": len(merged)}
+        write_json(temporary / "config.json", changed)
+        (temporary / "tokenizer.model").write_bytes(merged.model)
+
+
+def check_matrices(source: Path, config: LlamaConfig, found: dict[str, Tensor]) -> None:
+    """Raise UserError if a matrix is not among those `found`, or not of the shape that `config` says."""
+    shape = (config.vocab_size, config.hidden_size)
+    for name in MATRICES[: 1 if config.tie_word_embeddings else 2]:
+        old = found.get(name)
+        if old is None or old.shape != shape or not old.is_floating_point():
+            state = "missing" if old is None else f"{old.dtype} {tuple(old.shape)}"
+            raise UserError(f"{source}: {name} is {state}, expected floating point {shape} by config.json")
+
+
+def check_added_tokens(source: Path, base: Tokenizer) -> None:
+    """Raise UserError if transformers' files name tokens after those of `base`: their ids are taken now."""
+    files = [source / "added_tokens.json", source / "tokenizer_config.json"]
+    added, settings = (read_json(file) if file.exists() else {} for file in files)
+    for file, ids in zip(files, (added.values(), settings.get("added_tokens_decoder") or {})):
+        beyond = [int(i) for i in ids if str(i).isdigit() and int(i) >= len(base)]
+        if beyond:
+            raise UserError(
+                f"{file}: adds token {min(beyond)} after the {len(base):,} of {base.name}, where the new "
+                "pieces go; take it out of this file if the model can do without it"
+            )
+
+
+def write_index(source: Path, target: Path, matrices: Iterable[Tensor], V: int) -> None:
+    """Copy the index of shards; the totals that it may hold are those of `matrices` with V rows."""
+    index = read_json(source / INDEX)
+    metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
+    for old in matrices:
+        more = (V - len(old)) * old.shape[1]
+        for key, added in (("total_parameters", more), ("total_size", more * old.itemsize)):
+            if isinstance(metadata.get(key), int | float):
+                metadata[key] += added
+    write_json(target / INDEX, index)

@@ -1,0 +1,253 @@
+"""A LLaMA tokenizer: SentencePiece's model file (`tokenizer.model`), or a `tokenizer.json`.
+
+A `tokenizer.model` is a serialized protobuf message `ModelProto { repeated SentencePiece pieces = 1; ... }`
+with `SentencePiece { string piece = 1; float score = 2; Type type = 3; }` (sentencepiece_model.proto). Two
+serialized messages put end to end are one message: repeated fields are joined, single ones take the later
+value. So pieces are added by appending bytes.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from mala.cli import UserError
+
+WORD_START = "▁"  # how SentencePiece writes a space
+TRAINER_SPEC, NORMALIZER_SPEC = 2, 3  # fields of a ModelProto
+MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # ModelType, field 3 of a TrainerSpec
+
+
+class Tokenizer:
+    """Text to token ids and back. `model` holds the file's bytes: a tokenizer travels with every model."""
+
+    def __init__(self, model: bytes, name: str = "tokenizer.model"):
+        self.model, self.name = model, name
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(model)
+            trainer_spec = self.specification(TRAINER_SPEC)
+            if not trainer_spec:  # it comes after the pieces: a file cut between two pieces lacks it
+                raise ValueError
+            self.model_type = MODEL_TYPES[trainer_spec.get(3, 1)]
+        except (RuntimeError, ValueError, TypeError, KeyError):
+            found = f"truncated or no SentencePiece model ({len(model):,} bytes)"
+            raise UserError(f"{name}: {found}; download it again") from None
+        self.bos_id: int = self.processor.bos_id()
+        if self.bos_id < 0:
+            raise UserError(f"{name}: the model has no beginning-of-sentence piece (<s>), which LLaMA needs")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "Tokenizer":
+        """`path` is a `tokenizer.model`, or a folder that holds one."""
+        path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        try:
+            return cls(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            raise UserError(f"{path}: there is no such file; expected a SentencePiece model") from None
+
+    def __len__(self) -> int:
+        return self.processor.get_piece_size()
+
+    def specification(self, number: int) -> dict[int, int | bytes]:
+        """The fields of TRAINER_SPEC or NORMALIZER_SPEC in the model."""
+        parts = [value for field, value in message_fields(self.model) if field == number]
+        return dict(message_fields(b"".join(parts)))
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise UserError if a token of this tokenizer would have no row among a model's `vocab_size`."""
+        if len(self) > vocab_size:
+            raise UserError(
+                f"{self.name}: {len(self):,} pieces, but the model has {vocab_size:,} rows; "
+                "use the model's own tokenizer, or extend the model: python -m mala.vocab extend"
+            )
+
+    def check_extends(self, base: "Tokenizer") -> None:
+        """Raise UserError if this tokenizer does not begin with all pieces of `base`, in order."""
+        if self.pieces[: len(base)] != base.pieces:
+            raise UserError(f"{self.name}: does not begin with the pieces of {base.name}, expected them all")
+
+    def check_bpe(self) -> None:
+        """Raise UserError if this is no BPE model, whose scores say in which order to merge."""
+        if self.model_type != "bpe":
+            raise UserError(f"{self.name}: a {self.model_type} model, expected a BPE model, which LLaMA's is")
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        try:
+            return self.processor.id_to_piece(list(range(len(self))))
+        except UnicodeDecodeError:
+            raise UserError(f"{self.name}: damaged, a piece is not UTF-8; download it again") from None
+
+    def scores(self) -> dict[str, float]:
+        """Piece -> score of all that text is made of: no control, unknown or byte pieces."""
+        model = self.processor
+        other = (model.is_control, model.is_unknown, model.is_byte)
+        ids = [i for i in range(len(self)) if not any(is_kind(i) for is_kind in other)]
+        return {self.pieces[i]: model.get_score(i) for i in ids}
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """The pieces `<0x00>` … `<0xFF>`, in which characters are spelt that are no pieces."""
+        return frozenset(i for i in range(len(self)) if self.processor.is_byte(i))
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """Token ids of one text, after `<s>` if `bos`. "<s>" in a text is text, never the control token."""
+        return self.processor.encode(text, add_bos=bos)
+
+    def encode_batch(self, texts: list[str], bos: bool = False) -> list[list[int]]:
+        """`encode` for many texts, on all cores."""
+        return self.processor.encode(texts, add_bos=bos, num_threads=-1)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
+
+    def splits_at_spaces(self) -> bool:
+        """Whether the tokens of a text, its words one space apart, are the tokens of its words. So it is if a
+        BPE model takes text as it is, and no piece holds `▁` after another character. It must know `▁` or
+        bytes, too: unknown characters that are neighbours become one token, across words."""
+        # Text as it is: no precompiled_charsmap (2), a space put before the text (3), and spaces kept (5).
+        normalizer = self.specification(NORMALIZER_SPEC)
+        is_plain = not normalizer.get(2) and normalizer.get(3, 1) and normalizer.get(5, 1)
+        # USER_DEFINED pieces (type 4) are cut out before BPE begins, wherever they stand.
+        pieces = (dict(message_fields(value)) for field, value in message_fields(self.model) if field == 1)
+        is_merged = self.model_type == "bpe" and all(piece.get(3) != 4 for piece in pieces)
+        scores = self.scores()
+        is_apart = not any(WORD_START in piece.lstrip(WORD_START) for piece in scores)
+        is_known = WORD_START in scores or len(self.byte_ids) == 256
+        return bool(is_plain and is_merged and is_apart and is_known)
+
+    def segment(self, pieces: list[str]) -> list[list[int]]:
+        """The segmentation of each piece's own text, `▁` being the space that it stands for; never empty."""
+        # A piece may begin within a word and gets no word start: add_dummy_prefix (NormalizerSpec, 3) is 0.
+        bare = Tokenizer(self.model + b"\x1a\x02\x18\x00", self.name)
+        segments = bare.encode_batch([piece.replace(WORD_START, " ") for piece in pieces])
+        if not all(segments):
+            raise UserError(f"{self.name}: drops characters: a piece has no segmentation; LLaMA's drops none")
+        return segments
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`, such as LLaMA 3's byte-level BPE: text to ids and back, by package `tokenizers`."""
+
+    def __init__(self, path: Path):
+        self.model, self.name = path.read_bytes(), str(path)
+        try:
+            import tokenizers
+
+            self.fast = tokenizers.Tokenizer.from_str(self.model.decode())
+        except ImportError:
+            needed = "the package tokenizers: pip install tokenizers"
+            raise UserError(f"{path}: a tokenizer.json takes {needed}") from None
+        except Exception as error:  # the package raises nothing more particular
+            found = f"truncated or no tokenizer.json ({str(error)[:200]})"
+            raise UserError(f"{path}: {found}; download it again") from None
+        # Traps: the file may ask for truncation and padding, and "</s>" in a text becomes the control token.
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        self.fast.encode_special_tokens = True
+
+    @cached_property
+    def bos_id(self) -> int:
+        """What begins a text: `bos_token` of `tokenizer_config.json`, or `bos_token_id` of `config.json`."""
+        for name, key in (("tokenizer_config.json", "bos_token"), ("config.json", "bos_token_id")):
+            try:
+                token = json.loads(Path(self.name).with_name(name).read_text(encoding="utf-8")).get(key)
+            except (OSError, ValueError, AttributeError):
+                continue
+            token = token.get("content") if isinstance(token, dict) else token
+            bos_id = self.fast.token_to_id(token) if isinstance(token, str) else token
+            if type(bos_id) is int and 0 <= bos_id < len(self):
+                return bos_id
+        raise UserError(
+            f"{self.name}: no usable bos_token in tokenizer_config.json nor bos_token_id in config.json "
+            "beside it, and a document begins with one; add it"
+        )
+
+    def __len__(self) -> int:
+        return 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        return self.encode_batch([text], bos)[0]
+
+    def encode_batch(self, texts: list[str], bos: bool = False) -> list[list[int]]:
+        first = [self.bos_id] if bos else []
+        return [first + encoding.ids for encoding in self.fast.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.fast.decode(ids)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The `tokenizer.model` of a folder, else its `tokenizer.json`. Raises UserError if it has neither."""
+    if not (folder / "tokenizer.model").exists() and (folder / "tokenizer.json").exists():
+        return JsonTokenizer(folder / "tokenizer.json")
+    return Tokenizer.from_pretrained(folder)
+
+
+class WordPacker(dict):
+    """A text's tokens as bytes, `<s>` first: what `encode` gives, several times faster, since the tokens of a
+    word that was seen before are looked up. dtype: uint16 or uint32, of the tokens, little-endian."""
+
+    MAX_WORDS = 2**19  # about 100 MB
+
+    def __init__(self, tokenizer: Tokenizer, dtype: str):
+        self.tokenizer, self.dtype = tokenizer, np.dtype(dtype).newbyteorder("<")
+        self.bos = np.array([tokenizer.bos_id], self.dtype).tobytes()
+        self.by_words = tokenizer.splits_at_spaces()
+
+    def pack(self, text: str) -> bytes:
+        if not self.by_words or "  " in text or WORD_START in text or text[:1] == " " or text[-1:] == " ":
+            return np.array(self.tokenizer.encode(text, bos=True), self.dtype).tobytes()
+        return self.bos + b"".join(map(self.__getitem__, text.split(" ")))
+
+    def __missing__(self, word: str) -> bytes:
+        if len(self) >= self.MAX_WORDS:
+            self.clear()
+        tokens = np.array(self.tokenizer.encode(word), self.dtype).tobytes()
+        if len(word) < 64:  # a whole line of Thai is a word, too, but not one to come again
+            self[word] = tokens
+        return tokens
+
+
+def append_pieces(base: Tokenizer, scores: dict[str, float]) -> bytes:
+    """The base's ModelProto with further pieces, in order, of type NORMAL (the default, so not written)."""
+    model = bytearray(base.model)
+    for piece, score in scores.items():
+        text = piece.encode()
+        message = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", score)
+        model += b"\x0a" + _varint(len(message)) + message
+    return bytes(model)
+
+
+def _varint(value: int) -> bytes:
+    """Protobuf's base-128 integer: seven bits a byte, the lowest first; the top bit says that more follow."""
+    return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + _varint(value // 128)
+
+
+def message_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) for each field of a serialized protobuf message: integers as int, all else as bytes.
+    Source: protobuf.dev, "Encoding". Raises ValueError if the message ends too soon."""
+    at = 0
+
+    def take(size: int) -> bytes:
+        nonlocal at
+        at += size
+        if at > len(message):
+            raise ValueError("the message ends within a field")
+        return message[at - size : at]
+
+    def varint() -> int:
+        byte = take(1)[0]
+        return byte if byte < 128 else byte - 128 + 128 * varint()
+
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+        else:
+            yield number, take(varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type])

@@ -1,0 +1,199 @@
+"""Get the benchmarks SIB-200 and Taxi1500.
+
+    python -m tools.get_benchmark sib200 [--langs a,b,…]                      the published files
+    python -m tools.get_benchmark taxi1500 [--langs a,b,…]                    the published labels and Bibles
+    python -m tools.get_benchmark build-taxi1500 --labels DIR --verses FILE…  Taxi1500 for your own languages
+
+They are written to data/sib200 and data/taxi1500, where evaluate.py looks for them, or to --out.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mala.benchmarks.tasks import Taxi1500
+from mala.cli import REQUIRED, UserError, option, parse_command, run
+from mala.storage.corpus import LANGUAGE, check_languages, read_lines
+from tools.bible import MIN_VERSES, SPLITS, Labels, Verses, join, read_archive, write_languages
+from tools.fetch import File, download_all, list_files
+
+HUB, GITHUB = "https://huggingface.co", "https://api.github.com"
+BIBLES = "https://cis.lmu.de/~yehao/data/Taxi1500-c_v3.0.zip"  # 786 MB, 1,384 editions
+Outcome = tuple[list[str], dict[str, str]]  # languages written; language or file that was left out -> why
+
+
+@dataclass
+class SIB200Settings:
+    """Download SIB-200."""
+
+    langs: tuple[str, ...] = option((), "get these languages only, such as swh_Latn")
+    out: Path = option(Path("data/sib200"), "the folder to write to")
+
+    bench = "sib200"
+
+    def run(self) -> Outcome:
+        return download_sib200(self.out, self.langs)
+
+
+@dataclass
+class Taxi1500Settings:
+    """Download Taxi1500: its English labels and the Bibles that are free, 786 MB."""
+
+    langs: tuple[str, ...] = option((), "get these languages only, such as swh_Latn")
+    out: Path = option(Path("data/taxi1500"), "the folder to write to")
+
+    bench = "taxi1500"
+
+    def run(self) -> Outcome:
+        return download_taxi1500(self.out, self.langs)
+
+
+@dataclass
+class BuildTaxi1500Settings:
+    """Make Taxi1500 for the languages of Bible editions that you have."""
+
+    labels: Path = option(REQUIRED, "a folder with the English eng_{train,dev,test}.tsv")
+    verses: tuple[str, ...] = option(
+        REQUIRED, "files named for their language, of lines `id, tab, verse` as in the Parallel Bible Corpus"
+    )
+    out: Path = option(Path("data/taxi1500"), "the folder to write to")
+    min_verses: int = option(MIN_VERSES, "leave out a language with fewer labelled verses")
+
+    bench = "taxi1500"
+
+    def run(self) -> Outcome:
+        return build_taxi1500(self.labels, map(Path, self.verses), self.out, self.min_verses)
+
+
+COMMANDS = {"sib200": SIB200Settings, "taxi1500": Taxi1500Settings, "build-taxi1500": BuildTaxi1500Settings}
+
+
+def download_sib200(out: Path, languages: Collection[str] = (), hub: str = HUB) -> Outcome:
+    """Fetch SIB-200 as published, the dataset Davlan/sib200: all of it, or `languages` only.
+
+    Raises UserError for a language that the dataset lacks.
+    """
+    found: dict[str, dict[Path, File]] = {}
+    for path, file in list_files(f"{hub}/api/datasets/Davlan/sib200/tree/main/data?recursive=true").items():
+        if match := re.fullmatch(rf"data/({LANGUAGE.pattern})/({'|'.join(SPLITS)})\.tsv", path):
+            url = f"{hub}/datasets/Davlan/sib200/resolve/main/{path}"
+            found.setdefault(match[1], {})[out / match[1] / f"{match[2]}.tsv"] = replace(file, url=url)
+    chosen = check_languages(Path("Davlan/sib200"), sorted(found), tuple(languages))
+    complete = [language for language in chosen if len(found[language]) == len(SPLITS)]
+    download_all({path: file for language in complete for path, file in found[language].items()})
+    missing = [language for language in chosen if language not in complete]
+    return complete, dict.fromkeys(missing, "not all of its splits are published")
+
+
+def download_taxi1500(
+    out: Path, languages: Collection[str] = (), github: str = GITHUB, corpus: str = BIBLES
+) -> Outcome:
+    """Fetch Taxi1500's English labels and the free Bible editions, and join them by verse id.
+
+    An edition with a wrong line is left out. The archive of editions has no published checksum, but its
+    members have, and each is checked as it is read. The archive stays if the build fails, else it is deleted.
+    languages: as in `download_sib200`.
+    """
+    labels, english = fetch_labels(github)
+    archive = out / f".{corpus.rsplit('/', 1)[-1]}"
+    found, left_out = {}, {}
+    takes_editions = set(languages) != {"eng_Latn"}
+    if takes_editions:
+        download_all({archive: File(corpus)})
+        try:
+            found, left_out = join(labels, read_archive(archive), is_tolerant=True)
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            RuntimeError,
+        ) as error:  # by zipfile, for a wrong byte
+            archive.unlink()
+            raise UserError(
+                f"{archive}: damaged ({error}) and deleted; give the command again to fetch it anew"
+            ) from None
+    found["eng_Latn"] = english
+    chosen = check_languages(archive, sorted(found), tuple(languages))
+    if languages:  # say nothing of the files of others
+        codes = tuple(language[:3] for language in chosen)
+        left_out = {name: why for name, why in left_out.items() if name.startswith(codes)}
+    found = {language: found[language] for language in chosen}
+    written, too_small = write_languages(labels, found, out, MIN_VERSES)
+    if written and takes_editions:
+        archive.unlink()
+        print(f"{archive}: deleted, as all of it is read; for further languages it is downloaded again")
+    return written, left_out | too_small
+
+
+def fetch_labels(github: str) -> tuple[Labels, Verses]:
+    """`read_labels` of the published files. Raises UserError if one of them is no longer there."""
+    listing = f"{github}/repos/cisnlp/Taxi1500/contents/eng_data"
+    files = list_files(listing)
+    names = [f"eng_{split}.tsv" for split in SPLITS]
+    if missing := [name for name in names if f"eng_data/{name}" not in files]:
+        raise UserError(
+            f"{listing}: there is no {missing[0]}; see in a browser where the labels of Taxi1500 are now"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        download_all({Path(folder, name): files[f"eng_data/{name}"] for name in names})
+        return read_labels(Path(folder))
+
+
+def build_taxi1500(labels: Path, verses: Iterable[Path], out: Path, min_verses: int = MIN_VERSES) -> Outcome:
+    """Make Taxi1500 for the languages of `verses`, Bible editions in files as tools/bible.py shows them.
+
+    `labels` is a folder that `read_labels` describes. A language with fewer than `min_verses` labelled verses
+    is left out. Raises UserError for a wrong line.
+    """
+    rows, _ = read_labels(labels)
+    editions = [(str(file), read_lines(file)) for file in sorted(verses, key=lambda file: file.name)]
+    found, left_out = join(rows, editions, is_tolerant=False)
+    english = out / "eng_Latn"
+    if "eng_Latn" in found and english.resolve() in (labels.resolve(), (labels / "eng_Latn").resolve()):
+        raise UserError(
+            f"{english}: holds the labels, and an English edition would replace it; name another --out"
+        )
+    written, too_small = write_languages(rows, found, out, min_verses)
+    return written, left_out | too_small
+
+
+def read_labels(labels: Path) -> tuple[Labels, Verses]:
+    """Read the English rows: their ids and labels in the published order, and their verses.
+
+    The files are `eng_train.tsv`, as published, or `eng_Latn_train.tsv`, in the folder or in its `eng_Latn/`.
+    Raises UserError if they are missing or wrong.
+    """
+    task = Taxi1500(labels)
+    for stem in ("eng", "eng_Latn", "eng_Latn/eng", "eng_Latn/eng_Latn"):
+        task.file = stem + "_{split}.tsv"
+        if (labels / task.path("eng_Latn", "train")).is_file():
+            rows = {split: task.rows("eng_Latn", split) for split in SPLITS}
+            ids = {split: [(row.id, row.label) for row in rows[split]] for split in SPLITS}
+            return ids, {row.id: row.text for split in SPLITS for row in rows[split]}
+    raise UserError(
+        f"{labels}: no English labels, expected eng_{{train,dev,test}}.tsv or eng_Latn_{{train,dev,test}}.tsv"
+        "; `python -m tools.get_benchmark taxi1500 --langs eng_Latn` fetches them"
+    )
+
+
+def main() -> None:
+    settings = parse_command("python -m tools.get_benchmark", COMMANDS)
+    written, left_out = settings.run()
+    for name, why in sorted(left_out.items()):
+        print(f"left out {name}: {why}")
+    out = settings.out
+    if not written:
+        raise UserError(f"{out}: no language could be written; try other languages or files")
+    print(f"{out}: wrote {len(written):,} languages: {', '.join(written)}")
+    data = "" if out == type(settings).out else f" --data {out}"
+    print(f"evaluate: python evaluate.py --bench {settings.bench}{data}")
+
+
+if __name__ == "__main__":
+    run(main)
