@@ -57,8 +57,8 @@ def main() -> None:
             train(settings, world, dtype, locks)
     except torch.OutOfMemoryError as error:
         full = f"the GPU's memory is full ({str(error).partition('. ')[0]})"
-        remedy = "a lower --micro-batch-size or --seq-len, or --gradient-checkpointing, less"
-        raise UserError(f"{full}; --dry-run shows what takes it, {remedy}") from None
+        remedy = "lower --micro-batch-size or add --gradient-checkpointing"
+        raise UserError(f"{full}; --dry-run shows what takes it; {remedy}") from None
 
 
 def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack) -> None:
@@ -182,7 +182,7 @@ class Run:
             for block in model.model["layers"]:
                 block.compile()
         distributed.shard(model, world)
-        self.trained = trainable_parameters(model)
+        self.trained = trainable_parameters(model)  # the model's own name -> parameter
         self.adapter = adapter_tensors(model, model.lora_saved)  # PEFT's name -> parameter
         settings_of_adamw = {"weight_decay": settings.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.trained.values(), **settings_of_adamw)

@@ -26,7 +26,7 @@ from mala.loss import cpu, triton_kernel
 from mala.loss.operands import check
 
 IGNORE_INDEX = -100
-# What the logits of a chunk may take, in bytes: at V 260,164 257 rows in float32 on a CPU, 4,127 in bfloat16
+# What the logits of a chunk may take, in bytes: at V 260,164 257 rows in float32 on a CPU, 4,096 in bfloat16
 # on a GPU. With fewer rows the products run below their full rate, and dWeight, which every chunk reads and
 # writes, costs more.
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
@@ -83,9 +83,9 @@ def _chunks(implementation: str, hidden: Tensor, weight: Tensor, targets: Tensor
     """Yield of each chunk its rows, hidden states (C, D), the weight, targets (C,), and memory for logits."""
     N, V = len(hidden), len(weight)
     width = triton_kernel.row_width(V) if implementation == "triton" else V
-    rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (hidden.element_size() * V))
-    even = -(-N // max(1, -(-N // rows)))  # as many chunks, but evenly filled (both divisions round up) ...
-    rows = max(1, min(rows, -(-even // 16) * 16))  # ... with a multiple of 16 rows: products like that
+    rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (hidden.element_size() * width))
+    even = -(-N // max(1, -(-N // rows)))  # the fewest chunks that fit, evenly filled, rounded up ...
+    rows = max(1, min(rows, -(-even // 16) * 16))  # ... to 16 rows, if they fit: products like that
     memory = hidden.new_empty(rows * width)
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
@@ -137,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_chunk = d_hidden[rows] if wants_hidden else None
             is_first = rows.start == 0
             total += _forward_backward(implementation, chunk, ignore_index, d_chunk, d_weight, is_first).sum()
-        if wants_weight and not len(hidden):
+        if wants_weight and not len(hidden):  # no chunk came, so nothing is written to it yet
             d_weight.zero_()
         count = (targets != ignore_index).sum().clamp(min=1).float()
         ctx.gradients, ctx.dtypes, ctx.scale = [d_hidden, d_weight], (hidden.dtype, weight.dtype), 1 / count

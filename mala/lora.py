@@ -102,7 +102,7 @@ def add_lora(model: Llama, config: LoRAConfig) -> None:
         model.set_submodule(name, layer)
     # A copy: the weights may still be a map of the checkpoint's file.
     for module in saved_modules(model, config.modules_to_save).values():
-        module.weight = nn.Parameter(module.weight.detach().float().clone())
+        module.weight = nn.Parameter(module.weight.detach().to(torch.float32, copy=True))
     model.tie_weights()
     model.lora_config = config
     model.lora_saved = config.modules_to_save  # the modules that an adapter of this model holds whole

@@ -5,7 +5,7 @@ Notable features:
 - grouped-query attention: K key/value heads serve H query heads
 - rotary scaling `linear` and `llama3`, in the spelling of transformers 4 and in that of transformers 5
 - the loss is taken inside `forward`: a caller never holds the logits of a training step
-- mixed dtypes: the frozen weights' dtype is computed in; float32 embeddings, head and LoRA are cast to it
+- mixed dtypes: blocks compute in the frozen weights' dtype; what trains is float32, and cast to it
 
 Parameters have the names of the checkpoint files: `model.layers.0.self_attn.q_proj.weight`, `lm_head.weight`.
 Shapes: B batch, T tokens, S tokens in the cache, D hidden size, H query heads, K key/value heads, V
@@ -245,7 +245,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """N(0, initializer_range²) for every matrix, zero biases, unit norms: to train from scratch."""
+        """N(0, initializer_range²) for every matrix, zero biases; norms stay 1: to train from scratch."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -262,7 +262,7 @@ class Llama(nn.Module):
     ) -> Tensor:
         """tokens (B, T) int64 -> (B, T, D): what `lm_head` reads, after the last norm. By default token t
         comes after tokens 0 .. t - 1, and after those in the cache. `positions` (B, T) and `mask` (B, 1, T,
-        T) bool, true if a token (row) sees another (column), make a tree of a row instead of a line."""
+        T) bool, true if a token (row) sees another (column), make a row a tree, not a line (and no cache)."""
         T, S, device = tokens.shape[1], cache.length if cache is not None else 0, tokens.device
         x = self.model["embed_tokens"](tokens).to(self.compute_dtype)  # (B, T, D)
         if mask is None and S and T > 1:
@@ -271,7 +271,7 @@ class Llama(nn.Module):
             mask = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
         if positions is None:
             positions = torch.arange(S, S + T, device=device)
-        angles = positions[..., None].float() * rotary_frequencies(self.config, device)  # (T, head_dim / 2)
+        angles = positions[..., None].float() * rotary_frequencies(self.config, device)  # (…, T, head_dim/2)
         if angles.ndim == 3:
             angles = angles[:, None]  # (B, T, head_dim / 2) -> (B, 1, T, head_dim / 2), for all heads
         cos, sin = angles.cos(), angles.sin()

@@ -6,7 +6,7 @@
     python -m mala.vocab report --base BASE --new merged.model --data CORPUS
     python -m mala.vocab extend --model BASE --tokenizer merged.model --out DIR
 
-This file learns pieces and merges them in, each with its score; mala/words/ has the rest.
+This file learns pieces. How they are merged in, and scored, is in mala/words/merges_and_scores.py.
 """
 
 import io
@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +24,9 @@ from mala.cli import REQUIRED, UserError, check_ranges, choose_device, option, p
 from mala.storage.corpus import Corpus, language_shares
 from mala.storage.files import atomic_file, write_json
 from mala.words.fertility import fertility_report, print_report
-from mala.words.further_merges import learn_pieces
+from mala.words.merges_and_scores import continue_merges, merge
 from mala.words.new_rows import INITS, extend_checkpoint
-from mala.words.tokenizer import WORD_START, Tokenizer, append_pieces
+from mala.words.tokenizer import Tokenizer
 
 MAX_WORDS = 10_000_000  # distinct words counted at a time: about 2 GB; learning takes several times that
 MAX_LINE = 4192  # bytes; SentencePiece drops longer lines, unless it is told otherwise
@@ -102,51 +101,6 @@ def train_pieces(words: Counter[str], size: int, published: bool = False, standa
         message = f"cannot learn {size} pieces from this corpus; SentencePiece says: {reason}"
         raise UserError(message) from None
     return model.getvalue()
-
-
-def merge(base: Tokenizer, new: Tokenizer) -> bytes:
-    """`merge --method union`: the base's model, then each piece of `new` that it lacks, with its score.
-    Control, unknown and byte pieces of `new` are left out: they stay the base's. This is MaLA-500's way, and
-    leaves pieces that no text produces. Raises UserError if one of the two is no BPE model."""
-    base.check_bpe()
-    new.check_bpe()
-    known = set(base.pieces)
-    return append_pieces(base, {piece: score for piece, score in new.scores().items() if piece not in known})
-
-
-def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
-    """`merge --method continue`: the base's model, then `size` pieces learnt on top of its own merges. Each
-    is scored below every base piece and below the one before (see mala/words/further_merges.py). Raises
-    UserError if the base is no BPE model with bytes, and if the text yields fewer pieces."""
-    base.check_bpe()
-    if len(base.byte_ids) < 256:
-        raise UserError(f"{base.name}: has no byte pieces, expected 256, for characters that are no pieces")
-    counts = {WORD_START + word: count for word, count in words.items()}
-    known = base.scores()
-    symbols = {word: _symbols(base, word, ids) for word, ids in zip(counts, base.segment(list(counts)))}
-    pieces = learn_pieces(counts, symbols, known, size)
-    if (found := len(pieces)) < size:
-        raise UserError(f"cannot learn {size} pieces from this corpus: it yields {found}; ask for as many")
-    score, scores = np.float32(min(known.values())), {}
-    for piece in pieces:
-        # Trap: LLaMA 2 scores its runs of spaces -1e9, where float32 goes in steps of 64: -1e9 - 1 is -1e9.
-        score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
-        scores[piece] = float(score)
-    return append_pieces(base, scores)
-
-
-def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
-    """The pieces of a word's segmentation; a character that falls back to bytes is one symbol."""
-    symbols = []
-    for in_bytes, group in groupby(ids, base.byte_ids.__contains__):
-        pieces = [base.pieces[i] for i in group]
-        if in_bytes:  # <0xE1> <0x8C> <0xA4> is one character
-            pieces = bytes.fromhex("".join(piece[3:5] for piece in pieces)).decode(errors="replace")
-        symbols += pieces
-    if "".join(symbols) != word:
-        found = f"reads {word!r} as {''.join(symbols)!r}"
-        raise UserError(f"{base.name}: {found}; continue takes a base that does not normalise")
-    return symbols
 
 
 RANGES = {"size": (1, 2**30), "documents": (1, 2**40), "seed": (0, 2**32 - 1), "alpha": (0, 10)}

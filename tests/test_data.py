@@ -20,8 +20,7 @@ import mala.data
 from mala.cli import UserError
 from mala.data import Batches, Stream, TokenFile, file_digests, open_streams, read_ahead, tokenise
 from mala.storage.corpus import Corpus
-from mala.vocab import append_pieces
-from mala.words.tokenizer import Tokenizer, WordPacker
+from mala.words.tokenizer import Tokenizer, WordPacker, append_pieces
 
 TOKENIZER = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
 LINES = [

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from mala.cli import UserError
 from mala.storage.corpus import Corpus
 from mala.storage.files import write_json
-from mala.vocab import append_pieces, count_words, merge, sample, train_pieces
+from mala.vocab import count_words, merge, sample, train_pieces
 from mala.words.fertility import fertility_report, measure, print_report, unreachable
-from mala.words.tokenizer import Tokenizer
+from mala.words.tokenizer import Tokenizer, append_pieces
 from tools.pictures import draw_fertility
 
 BASE = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mala.cli import UserError
-from mala.vocab import append_pieces, count_words, train_pieces
-from mala.words.tokenizer import Tokenizer, WordPacker, load_tokenizer, message_fields
+from mala.vocab import count_words, train_pieces
+from mala.words.tokenizer import Tokenizer, WordPacker, append_pieces, load_tokenizer, message_fields
 
 TINY = ROOT / "assets/tiny-llama"
 

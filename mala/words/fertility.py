@@ -37,7 +37,7 @@ def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> di
 
 def unreachable(tokenizer: Tokenizer) -> list[str]:
     """The pieces of a BPE model that no text encodes to: the piece alone, between characters that are in no
-    piece, decides it (mala/words/further_merges.py says why)."""
+    piece, decides it (mala/words/merges_and_scores.py says why)."""
     pieces = list(tokenizer.scores())
     used = set("".join(pieces))
     stranger = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)  # for private use
@@ -98,13 +98,14 @@ def print_report(report: dict[str, Any]) -> None:
         return languages[language]["new"]["fertility"] / languages[language]["base"]["fertility"]
 
     languages, macro, pieces = report["languages"], report["macro"], report["pieces"]
-    rows = [row(language, languages[language]) for language in sorted(languages, key=change)]
+    ordered = sorted(languages, key=change)
+    rows = [row(language, languages[language]) for language in ordered]
     last = [row("macro-average", macro)] if "fertility" in macro["base"] else []
     if "fertility_characters" in macro["base"]:
         last.append([*row("macro-average*", macro, "fertility_characters")[:4], *[""] * 6])
     columns = ("fertility", "extended", "change", "bytes/token", "extended")
     print_table(("language", *columns, "byte tokens", "extended", "<unk>", "extended"), rows, last)
-    unspaced = by_unit(languages).get("character")
+    unspaced = by_unit(ordered).get("character")
     characters = f"; tokens per character (*) in {', '.join(unspaced)}" if unspaced else ""
     print(f"fertility: tokens per word{characters}")
     added, lost = pieces["unreachable_added"], pieces["unreachable_new"] - pieces["unreachable_added"]

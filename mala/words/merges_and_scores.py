@@ -1,10 +1,10 @@
-"""Continue a BPE tokenizer: learn new pieces on top of those it has, so that every new piece can occur.
+"""Merge pieces into a BPE model, each with its score: the higher of two scores is merged first.
 
-A union of two BPE models leaves pieces that no text produces: to build one, an intermediate piece is needed
-that a merge of the other model has used up. Here text is first segmented as the base does it, and only then
-are neighbours merged further ("Teaching Old Tokenizers New Words", arXiv 2512.03989, does this for byte-level
-BPE). Each new piece has a lower score than all before it, so an encoder does everything it did before, and
-the new merges after that, in the order learnt.
+`merge` makes a union of two models. It leaves pieces that no text produces: to build one, an intermediate
+piece is needed that a merge of the other model has used up. `continue_merges` first segments text as the base
+does it, and only then merges neighbours further ("Teaching Old Tokenizers New Words", arXiv 2512.03989, does
+this for byte-level BPE). Each new piece has a lower score than all before it, so an encoder does everything
+it did before, and the new merges after that, in the order learnt.
 
 Why every new piece is reachable: when it is learnt, its two halves stand side by side in a word, each the
 outcome of merges that stayed within it. Alone between characters that merge with nothing, the same merges
@@ -16,14 +16,62 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import groupby
 
+import numpy as np
 from tqdm import tqdm
 
-from mala.words.tokenizer import WORD_START
+from mala.cli import UserError
+from mala.words.tokenizer import WORD_START, Tokenizer, append_pieces
 
 MAX_PIECE = 16  # characters, SentencePiece's own limit
 MAX_FRAGMENT = 64  # symbols
 Scores = dict[str, float]  # piece -> score; the higher is merged first
+
+
+def merge(base: Tokenizer, new: Tokenizer) -> bytes:
+    """`merge --method union`: the base's model, then each piece of `new` that it lacks, with its score.
+    Control, unknown and byte pieces of `new` are left out: they stay the base's. This is MaLA-500's way, and
+    leaves pieces that no text produces. Raises UserError if one of the two is no BPE model."""
+    base.check_bpe()
+    new.check_bpe()
+    known = set(base.pieces)
+    return append_pieces(base, {piece: score for piece, score in new.scores().items() if piece not in known})
+
+
+def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
+    """`merge --method continue`: the base's model, then `size` pieces learnt on top of its own merges. Each
+    is scored below every base piece and below the one before. Raises UserError if the base is no BPE model
+    with bytes, and if the text yields fewer pieces."""
+    base.check_bpe()
+    if len(base.byte_ids) < 256:
+        raise UserError(f"{base.name}: has no byte pieces, expected 256, for characters that are no pieces")
+    counts = {WORD_START + word: count for word, count in words.items()}
+    known = base.scores()
+    symbols = {word: _symbols(base, word, ids) for word, ids in zip(counts, base.segment(list(counts)))}
+    pieces = learn_pieces(counts, symbols, known, size)
+    if (found := len(pieces)) < size:
+        raise UserError(f"cannot learn {size} pieces from this corpus: it yields {found}; ask for as many")
+    score, scores = np.float32(min(known.values())), {}
+    for piece in pieces:
+        # Trap: LLaMA 2 scores its runs of spaces -1e9, where float32 goes in steps of 64: -1e9 - 1 is -1e9.
+        score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
+        scores[piece] = float(score)
+    return append_pieces(base, scores)
+
+
+def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
+    """The pieces of a word's segmentation; a character that falls back to bytes is one symbol."""
+    symbols = []
+    for in_bytes, group in groupby(ids, base.byte_ids.__contains__):
+        pieces = [base.pieces[i] for i in group]
+        if in_bytes:  # <0xE1> <0x8C> <0xA4> is one character
+            pieces = bytes.fromhex("".join(piece[3:5] for piece in pieces)).decode(errors="replace")
+        symbols += pieces
+    if "".join(symbols) != word:
+        found = f"reads {word!r} as {''.join(symbols)!r}"
+        raise UserError(f"{base.name}: {found}; continue takes a base that does not normalise")
+    return symbols
 
 
 def learn_pieces(words: dict[str, int], symbols: dict[str, list[str]], known: Scores, size: int) -> list[str]:
@@ -66,7 +114,7 @@ def learn_pieces(words: dict[str, int], symbols: dict[str, list[str]], known: Sc
                 for candidate, tokens in _candidates(fragments[place], scores):
                     savings[candidate] -= tokens * times[place]
             learnt.append(piece)
-            scores[piece] = lowest - len(learnt)
+            scores[piece] = lowest - len(learnt)  # only an order, see `continue_merges`
             for place in changed:
                 fragments[place] = merge_piece(fragments[place], piece, scores)
                 for candidate, tokens in _candidates(fragments[place], scores):

@@ -1,4 +1,4 @@
-"""mala.words.further_merges against SentencePiece's encoder, a naive learner that counts everything anew, and
+"""mala.words.merges_and_scores against SentencePiece's encoder, a naive learner that counts everything anew, and
 transformers."""
 
 import unicodedata
@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from mala.cli import UserError
 from mala.storage.corpus import Corpus
-from mala.vocab import append_pieces, continue_merges, count_words, merge, sample, train_pieces
+from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
 from mala.words.fertility import unreachable
-from mala.words.further_merges import learn_pieces, merge_piece
-from mala.words.tokenizer import Tokenizer
+from mala.words.merges_and_scores import learn_pieces, merge_piece
+from mala.words.tokenizer import Tokenizer, append_pieces
 
 BASE = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
 KNOWN = BASE.scores()
