@@ -1,8 +1,7 @@
-"""The loss between its matrix products in PyTorch's operations: for CPUs, and for all devices without the
-kernel.
+"""The loss between its matrix products in PyTorch's operations, for CPUs and all devices without the kernel.
 
 Each operation goes over what the one before has left, so the logits are worked through in parts that stay in
-a CPU's cache. Shapes as in mala/cross_entropy.py.
+a CPU's cache. (`add_product` makes the gradients' products on every device.) Shapes: mala/cross_entropy.py.
 """
 
 import math
