@@ -127,8 +127,7 @@ def evaluate(settings: Settings, data: Path, dtype: torch.dtype, world: World) -
     hands = deal([measurements[number].size() for number in todo], world.size)
     mine = [measurements[todo[i]] for i in hands[world.rank]]
     texts = sum(len(one.texts) for one in mine)
-    hidden = not world.is_main or None  # None: shown if there is a terminal
-    with tqdm(desc=settings.bench, total=texts, unit="text", leave=False, disable=hidden) as bar:
+    with tqdm(desc=settings.bench, total=texts, unit="text", leave=False, disable=world.no_bar) as bar:
         for number, one in enumerate(mine, 1):
             bar.set_postfix(language=f"{one.language}, {number} of {len(mine)}")
             began = time.perf_counter()

@@ -237,9 +237,8 @@ def nll_by_language(
     model: Llama, tokenizer: Tokenizer, documents: dict[str, list[str]], title: str, world: World = ALONE
 ) -> dict[str, Any]:
     """language -> documents to the figures of every language and their macro-average."""
-    hidden = not world.is_main or None  # None: shown if there is a terminal
     figures = {}
-    for language, texts in tqdm(documents.items(), title, unit="language", leave=False, disable=hidden):
+    for language, texts in tqdm(documents.items(), title, unit="language", leave=False, disable=world.no_bar):
         one = Measurement(language, texts)
         figures[language] = summarise(predict_documents(model, tokenizer, one, world=world))
     return with_macro(figures)

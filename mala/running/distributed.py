@@ -43,6 +43,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def no_bar(self) -> bool | None:
+        """tqdm's `disable`: the main process shows a bar if there is a terminal (None), the others do not."""
+        return None if self.is_main else True
+
     def from_main(self, work: Callable[[], Result]) -> Result:
         """What `work()` returns at the main process, at every process; the others wait for it."""
         result = [work() if self.is_main else None]

@@ -34,8 +34,9 @@ class RunLog:
         self.tokens, self.flops, self.world = tokens, flops, world
         self.timed_from, self.time, self.waited = state["step"], time.perf_counter(), 0.0
         self.file = self.tensorboard = None
-        disable = None if world.is_main else True  # None: shown if there is a terminal
-        self.bar = tqdm(total=steps, initial=state["step"], desc="training", unit="step", disable=disable)
+        self.bar = tqdm(
+            total=steps, initial=state["step"], desc="training", unit="step", disable=world.no_bar
+        )
         self.path = out / "metrics.jsonl"
         if world.is_main:
             rewind(self.path, state["step"])

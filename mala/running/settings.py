@@ -51,9 +51,7 @@ class Settings:
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
     save_every: int = option(50, "steps between two checkpoints")
     keep: int = option(2, "the newest checkpoints that are kept")
-    eval_every: int | None = option(
-        None, "steps between two measurements of held-out text; default: none on the way"
-    )
+    eval_every: int | None = option(None, "steps between measurements of held-out text on the way")
     eval_documents: int = option(50, "at most this many documents of each language then")
     tensorboard: bool = option(False, "write to tensorboard/ in --out, too (pip install tensorboard)")
 

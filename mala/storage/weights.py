@@ -151,11 +151,12 @@ def write_weights(directory: Path, tensors: Tensors, max_shard_bytes: int = MAX_
     (directory / INDEX).unlink(missing_ok=True)
     if count > 1:
         files = {f"model-{i:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    for file, shard in files.items():
+        write_tensors(directory / file, shard)
+    if count > 1:  # last: an index names no shard that is not there
         weight_map = {name: file for file, shard in files.items() for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for file, shard in files.items():
-        write_tensors(directory / file, shard)
     for file in {*directory.glob("model*.safetensors")} - {directory / name for name in files}:
         file.unlink()  # of an earlier checkpoint, cut otherwise
 
