@@ -23,25 +23,28 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mala.benchmarks.comparison import compare_runs, print_comparison
 from mala.benchmarks.measurement import Measurement, deal, name_files
-from mala.benchmarks.results import print_results, read_languages, summarise, with_macro
+from mala.benchmarks.results import read_languages, summarise, with_macro
 from mala.benchmarks.tasks import TASKS
 from mala.cli import UserError, check_folder, choose_device, option, parse, run
 from mala.running.distributed import World, start
 from mala.scoring import PROTOCOLS, predict_documents, predict_labels
 from mala.storage.corpus import Corpus, some
+from mala.storage.corpus_formats import Reading
 from mala.storage.files import atomic_file, lock, read_json, write_json
 from mala.storage.model_by_name import ModelSettings, find_model, load_model
 from tools import pictures
+from tools.comparison import compare_runs, print_comparison
+from tools.tables import print_results
 
 DEMO = Path(__file__).resolve().parent / "assets/demo"
 # Settings that mean something for one kind of benchmark only.
-OF_NLL, OF_QUESTIONS = ("held_out", "max_held_out"), ("protocol", "shots", "seed", "seeds")
+OF_NLL = ("held_out", "max_held_out", "text_field", "skip_bad_lines")
+OF_QUESTIONS = ("protocol", "shots", "seed", "seeds")
 
 
 @dataclass
-class Settings(ModelSettings):
+class Settings(Reading, ModelSettings):
     bench: str = option("nll", "NLL of documents, or few-shot classification", choices=("nll", *TASKS))
     data: str | None = option(None, "the benchmark's folder; for nll a corpus, with one entry per language")
     langs: tuple[str, ...] = option((), "measure these languages only")
@@ -146,7 +149,7 @@ def evaluate(settings: Settings, data: Path, dtype: torch.dtype, world: World) -
 def read_data(settings: Settings, data: Path, world: World) -> list[Measurement]:
     """All that is to be measured, read before any of it is: a mistake in the data is found at once."""
     if settings.bench == "nll":
-        corpus = Corpus(data, settings.langs, settings.held_out, settings.max_held_out)
+        corpus = Corpus.from_settings(settings, data)
         corpus.languages = choose_languages(settings, corpus.languages, world)
         documents = corpus.stream(settings.split)
         if empty := ", ".join(sorted(set(settings.langs) - documents.keys())):

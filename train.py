@@ -32,18 +32,21 @@ from mala.running import distributed
 from mala.running.distributed import World
 from mala.running.flops import flops_per_token
 from mala.running.prepare import prepare
-from mala.running.run_log import RunLog, peak_memory, print_nll
+from mala.running.run_log import RunLog, peak_memory
 from mala.running.settings import Settings
 from mala.scoring import nll_by_language
 from mala.storage.corpus import Corpus
 from mala.storage.files import atomic_directory, read_json, write_json
 from mala.storage.model_by_name import find_folder
 from mala.storage.peft_adapter import adapter_tensors, save_adapter
+from mala.storage.tokenizer_files import added_tokens, copy_tokenizer
 from mala.storage.training_checkpoint import ADAPTER, MOMENTS, OPTIMIZER, checkpoints, read_state, write_state
 from mala.storage.weights import read_tensors
 from mala.words.tokenizer import Tokenizer
 from tools import pictures
 from tools.dry_run import dry_run
+from tools.gpus import peak_flops
+from tools.tables import print_nll
 
 
 def main() -> None:
@@ -193,7 +196,8 @@ class Run:
             print(f"{sizes}, {corpus_tokens:,} tokens; {summary}")
             if checkpoint:
                 print(f"{checkpoint}: going on after step {self.done} of {self.steps}")
-        self.log = RunLog(self.out, state, self.steps, step_tokens, flops * step_tokens, world)
+        peak = peak_flops(torch.cuda.get_device_name()) if world.device != "cpu" else 0
+        self.log = RunLog(self.out, state, self.steps, step_tokens, flops * step_tokens, peak, world)
         if settings.tensorboard:
             self.log.open_tensorboard()
 
@@ -246,7 +250,7 @@ class Run:
 
     def save_adapter(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         save_adapter(self.model, folder, str(self.base), tensors)
-        (folder / "tokenizer.model").write_bytes(self.tokenizer.model)
+        copy_tokenizer(self.base, folder, self.model.config.vocab_size)
 
     def finish(self, started: float) -> None:
         """Measure the held-out text again, and write adapter/, the pictures and, last, nll.json."""
@@ -269,11 +273,13 @@ def check_input(settings: Settings, world: World, dtype: torch.dtype) -> tuple[T
     tokenizer = Tokenizer.from_pretrained(settings.model)
     shapes = Llama.from_pretrained(settings.model, dtype, "meta")
     tokenizer.check_fits(shapes.config.vocab_size)
+    rows = len(tokenizer) if settings.extend_vocab else shapes.config.vocab_size
+    added_tokens(Path(settings.model), len(tokenizer), rows)
     if settings.seq_len > (longest := shapes.config.max_position_embeddings):
         reads = f"{settings.model} reads {longest} tokens at most (max_position_embeddings)"
         raise UserError(f"seq_len is {settings.seq_len}, but {reads}")
     find_targets(shapes, settings.lora())
-    return tokenizer, Corpus(settings.data, settings.langs, settings.held_out, settings.max_held_out)
+    return tokenizer, Corpus.from_settings(settings)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 Settings = TypeVar("Settings")
-Row = Sequence[str]
 REQUIRED = ...  # the default of a setting that must be given
 LISTED = {str: "strings", int: "whole numbers"}  # in errors
-MAX_ROWS = 40  # of a printed table
 
 
 class UserError(Exception):
@@ -82,7 +80,8 @@ def parse_command(program: str, commands: dict[str, type], argv: list[str] | Non
 
 def _add_flags(parser: ArgumentParser, settings: type) -> None:
     hints = typing.get_type_hints(settings)
-    for field in dataclasses.fields(settings):
+    own = settings.__annotations__  # they come first
+    for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):
         kind, is_list = _kind(hints[field.name])
         default, choices = field.default, field.metadata["choices"]
         if kind is bool:
@@ -180,15 +179,3 @@ def check_folder(path: str | Path) -> None:
     """Raise UserError if results cannot go to the folder `path`, since it is a file."""
     if Path(path).exists() and not Path(path).is_dir():
         raise UserError(f"{path}: a file, expected a folder or the name of a new one")
-
-
-def print_table(header: Row, rows: Sequence[Row], last: Sequence[Row] = ()) -> None:
-    """Print columns, the first aligned left, the others right; the middle of very many `rows` is left out."""
-    if len(rows) > MAX_ROWS:
-        hidden = [f"… {len(rows) - MAX_ROWS} more …", *[""] * (len(header) - 1)]
-        rows = [*rows[: MAX_ROWS // 2], hidden, *rows[-MAX_ROWS // 2 :]]
-    table = [header, *rows, *last]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for first, *others in table:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
-        print("  ".join(cells))

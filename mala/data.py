@@ -5,7 +5,8 @@ tokens of its documents, `<s>` before each (and nowhere else), as little-endian 
 vocabulary takes it. `index.json` says which came from what, so that only what changed is tokenised again:
 
     {"tokenizer": SHA-256, "dtype": "uint16", "languages": {"swh_Latn": [{"source": "swh_Latn.txt",
-        "digest": SHA-256, "file": "swh_Latn.0.bin", "documents": 5, "tokens": 130}, ...]}}
+        "digest": SHA-256, "file": "swh_Latn.0.bin", "text_field": null, "skip_bad_lines": false,
+        "documents": 5, "tokens": 130}, ...]}}
 
 Packing is MaLA-500's, but that nothing is cut away: everything of a language in a row, cut into blocks of
 `seq_len`, the last one filled up from the beginning. So a document longer than `seq_len` goes on in the next
@@ -23,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mala.cli import UserError
-from mala.storage.corpus import LANGUAGE, Corpus, language_shares, read_documents
+from mala.storage.corpus import LANGUAGE, Corpus, language_shares
+from mala.storage.corpus_formats import Reading, read_documents
 from mala.storage.files import COPY_BYTES, atomic_file, read_json, write_json
 from mala.words.tokenizer import Tokenizer, WordPacker
 
@@ -74,6 +76,7 @@ class TokenFile:
     source: Path
     size: int  # of the source, in bytes
     entry: dict[str, Any]  # what the index will say of it
+    reading: Reading
 
 
 def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], root: Path) -> None:
@@ -96,12 +99,13 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
         for number, source in enumerate(corpus.documents(language, "train").files):
             size, _, digest = digests[str(source.resolve())]
             entry = {"source": source.name, "digest": digest, "file": f"{language}.{number}.bin"}
+            entry |= asdict(corpus.reading)
             part, file = usable.get(entry["file"], {}), root / entry["file"]
             is_made = entry.items() <= part.items() and file.exists()
             if is_made and file.stat().st_size == part["tokens"] * packer.dtype.itemsize:
                 languages.setdefault(language, []).append(part)
             else:
-                missing.append(TokenFile(language, source, size, entry))
+                missing.append(TokenFile(language, source, size, entry, corpus.reading))
     write_json(root / "index.json", {**made_by, "languages": languages})  # a kill leaves no wrong entry
     for name in older.keys() - {part["file"] for parts in languages.values() for part in parts}:
         if re.fullmatch(rf"{LANGUAGE.pattern}\.[\d.]+\.bin", name):
@@ -162,7 +166,7 @@ def _write_tokens(job: TokenFile, root: Path, packer: WordPacker) -> dict[str, A
     """Write a token file; returns its entry in the index, with how many documents and tokens it holds."""
     documents = 0
     with atomic_file(root / job.entry["file"], "wb") as file:
-        for text in read_documents(job.source):
+        for text in read_documents(job.source, job.reading):
             file.write(packer.pack(text))
             documents += 1
         return {**job.entry, "documents": documents, "tokens": file.tell() // packer.dtype.itemsize}

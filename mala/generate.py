@@ -3,7 +3,7 @@
 The prompt is read in one pass, which fills the key/value cache; each later pass reads the token drawn last.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,21 +41,28 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 
 @torch.no_grad()
 def generate(
-    model: Llama, ids: list, max_tokens: int, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
+    model: Llama,
+    ids: list,
+    max_tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    ends: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yield up to `max_tokens` tokens after a prompt's `ids`, and stop before one that ends a text. Raises
-    UserError if prompt and new tokens are more than the model's context."""
+    """Yield up to `max_tokens` tokens after a prompt's `ids`, and stop before one that ends a text: one of
+    `ends` or of the config's `eos_token_id`. Raises UserError if they do not fit the model's context."""
     room, total = model.config.max_position_embeddings, len(ids) + max_tokens
     if total > room:
         found = f"a prompt of {len(ids)} tokens and {max_tokens} new ones are more than the model's context"
         raise UserError(f"{found} of {room}; shorten the prompt or lower --max-tokens")
-    end = model.config.eos_token_id
+    eos = model.config.eos_token_id
+    ends = {*ends, *(eos if isinstance(eos, list) else [eos])}
     generator = torch.Generator().manual_seed(seed)
     device, cache = model.lm_head.weight.device, KVCache(model, 1, total)
     for _ in range(max_tokens):
         x = model.hidden_states(torch.tensor([ids], device=device), cache)[0, -1]  # (D,)
         token = draw(model.lm_head.weight.to(x.dtype) @ x, temperature, top_p, generator)
-        if token in (end if isinstance(end, list) else [end]):
+        if token in ends:
             return
         yield token
         ids = [token]  # what is not in the cache
@@ -79,7 +86,8 @@ def main() -> None:
     model, tokenizer = load_model(*find_model(settings.model, settings.adapter), dtype, device)
     ids = tokenizer.encode(settings.prompt, bos=True)
     print(settings.prompt, end="", flush=True)
-    new = generate(model, ids, settings.max_tokens, settings.temperature, settings.top_p, settings.seed)
+    drawing = settings.max_tokens, settings.temperature, settings.top_p, settings.seed
+    new = generate(model, ids, *drawing, ends=[tokenizer.bos_id])  # in training `<s>` parts two documents
     for text in stream(tokenizer, ids, new):
         print(text, end="", flush=True)
     print()

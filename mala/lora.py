@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mala.cli import UserError
 from mala.model import Llama
-from mala.storage.adapter_config import ENDS_WITH, SAVEABLE, check_lora_config
+from mala.storage.adapter_config import BLOCK, ENDS_WITH, SAVEABLE, check_lora_config
 
 
 @dataclass
@@ -27,6 +27,8 @@ class LoRAConfig:
 
     - target_modules: ends of layers' names, such as `q_proj` or `layers.0.self_attn.q_proj`; or one string,
       `all-linear` or a regular expression that matches full names.
+    - layers_to_transform: the only blocks where ends of names count; their numbers follow the first of
+      `layers_pattern` (regular expressions) in a name. exclude_modules: layers named so get no LoRA.
     - rank_pattern, alpha_pattern: a regular expression for the end of layers' names -> their r or lora_alpha.
     """
 
@@ -38,11 +40,25 @@ class LoRAConfig:
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
 
     def __post_init__(self) -> None:
         if self.target_modules == ("all-linear",):  # as a command line gives it
             self.target_modules = "all-linear"
         check_lora_config(self)
+
+    def targets(self, name: str) -> bool:
+        """Whether the layer `name` gets LoRA, by the rule of PEFT's `check_target_module_exists`."""
+        wanted, blocks = self.target_modules, self.layers_to_transform
+        if is_named(name, self.exclude_modules or ()):
+            return False
+        if not blocks or name in wanted:  # a full name needs no block
+            return wanted == "all-linear" or is_named(name, wanted)
+        numbers = (re.match(BLOCK.format(part), name) for part in self.layers_pattern or [r"[^.]*"])
+        number = next(filter(None, numbers), None)
+        return is_named(name, wanted) and number is not None and int(number["idx"] or -1) in blocks
 
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
         """R of the layer `name`, and its update's factor: alpha/R, or alpha/√R (rsLoRA, arXiv 2312.03732)."""
@@ -54,6 +70,13 @@ class LoRAConfig:
         r = setting(self.rank_pattern, self.r)
         alpha = setting(self.alpha_pattern, self.lora_alpha)
         return r, alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def is_named(name: str, wanted: tuple[str, ...] | str) -> bool:
+    """Whether a regular expression matches a full name, or one of some names is its end."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(f".{name}".endswith(f".{end}") for end in wanted)
 
 
 class LoRALinear(nn.Linear):
@@ -133,23 +156,21 @@ def find_targets(model: Llama, config: LoRAConfig) -> list[str]:
         raise UserError(f"{alone}, but here embed_tokens and lm_head are one matrix; name both or neither")
     modules = model.model.named_modules(prefix="model")
     linear = [name for name, module in modules if isinstance(module, nn.Linear)]
-    wanted = config.target_modules
-    if wanted == "all-linear":
-        return linear
     known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-    if isinstance(wanted, str):
-        for name in saved_modules(model, tuple(set(SAVEABLE) - set(config.modules_to_save))):
-            if re.fullmatch(wanted, name):
-                expected = f"expected only layers of the blocks: {known}"
-                raise UserError(f"target_modules, {wanted!r}, matches {name}, {expected}")
-        found = [name for name in linear if re.fullmatch(wanted, name)]
-        if not found:
-            raise UserError(f"target_modules, {wanted!r}, matches no layer, expected some of {known}")
-        return found
-    for end in wanted:
-        if not any(f".{name}".endswith(f".{end}") for name in linear):
+    wanted = config.target_modules
+    for end in () if isinstance(wanted, str) else wanted:
+        if not any(is_named(name, (end,)) for name in (*linear, *saved_modules(model, SAVEABLE))):
             raise UserError(f"target_modules names {end!r}, expected some of {known}")
-    return [name for name in linear if any(f".{name}".endswith(f".{end}") for end in wanted)]
+    for name in saved_modules(model, tuple(set(SAVEABLE) - set(config.modules_to_save))):
+        if wanted != "all-linear" and config.targets(name):
+            expected = f"expected only layers of the blocks: {known}"
+            raise UserError(f"target_modules, {wanted!r}, matches {name}, {expected}")
+    found = [name for name in linear if config.targets(name)]
+    if wanted and not found:
+        chosen = config.layers_to_transform or config.exclude_modules
+        left = " that layers_to_transform and exclude_modules leave" if chosen else ""
+        raise UserError(f"target_modules, {wanted!r}, matches no layer{left}, expected some of {known}")
+    return found
 
 
 def saved_modules(model: Llama, names: tuple[str, ...]) -> dict[str, nn.Module]:

@@ -215,9 +215,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = (
-            False  # keep only a block's input for the backward pass, recompute the rest
-        )
+        self.gradient_checkpointing = False  # else the backward pass recomputes blocks from their inputs
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model["layers"] = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))

@@ -1,8 +1,8 @@
 """Extend a LLaMA vocabulary to new languages: learn pieces, merge them in, give each a row to start from.
 
+    python -m mala.vocab merge  --base BASE --data CORPUS --size 16000 --out merged.model
     python -m mala.vocab train  --data CORPUS --size 250000 --out new.model
-    python -m mala.vocab merge  --base BASE --new new.model --out merged.model
-    python -m mala.vocab merge  --base BASE --method continue --data CORPUS --size 16000 --out merged.model
+    python -m mala.vocab merge  --method union --base BASE --new new.model --out merged.model
     python -m mala.vocab report --base BASE --new merged.model --data CORPUS
     python -m mala.vocab extend --model BASE --tokenizer merged.model --out DIR
 
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from mala.cli import REQUIRED, UserError, check_ranges, choose_device, option, parse_command, run
 from mala.storage.corpus import Corpus, language_shares
+from mala.storage.corpus_formats import Reading
 from mala.storage.files import atomic_file, write_json
-from mala.words.fertility import fertility_report, print_report
 from mala.words.merges_and_scores import continue_merges, merge
 from mala.words.new_rows import INITS, extend_checkpoint
 from mala.words.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ RANGES = {"size": (1, 2**30), "documents": (1, 2**40), "seed": (0, 2**32 - 1), "
 
 
 @dataclass
-class Learning:
+class Learning(Reading):
     """What `train` and `merge --method continue` learn from."""
 
     data: str = option(REQUIRED, "a corpus folder; its train split is read")
@@ -122,7 +122,7 @@ class Learning:
 
     def words(self, published: bool = False) -> Counter[str]:
         """The words of the corpus, counted."""
-        documents = Corpus(self.data, held_out=self.held_out).stream("train")
+        documents = Corpus.from_settings(self).stream("train")
         drawn = sample(documents, self.alpha, self.seed, self.documents)
         bar = tqdm(drawn, desc="counting words", unit="document", leave=False, disable=None)
         words = count_words(bar, published)
@@ -146,13 +146,14 @@ class Train(Learning):
 
 @dataclass
 class Merge(Learning):
-    """Add pieces to a base model: those of a new model (union), or further merges (continue)."""
+    """Add pieces to a base model: further merges (continue), or those of a new model (union)."""
 
     base: str = option(REQUIRED, "tokenizer.model of the checkpoint, or its folder")
-    method: str = option("union", "the pieces of --new, or further merges", choices=("union", "continue"))
+    method: str = option("continue", "further merges, or the pieces of --new", choices=("continue", "union"))
     new: str | None = option(None, "union: the model whose pieces are added")
     data: str | None = option(None, "continue: a corpus folder; its train split is read")
     size: int | None = option(None, "continue: number of pieces to learn")
+    published: bool = option(False, "union: keep all scores, equal ones too, as MaLA-500")
     out: str = option(REQUIRED, "the model file to write")
 
     def run(self) -> None:
@@ -160,18 +161,18 @@ class Merge(Learning):
         base.check_bpe()
         if is_union and (not self.new or self.data or self.size is not None):
             raise UserError("--method union takes --new, and neither --data nor --size")
-        if not is_union and (not self.data or self.size is None or self.new):
-            raise UserError("--method continue takes --data and --size, and no --new")
+        if not is_union and (not self.data or self.size is None or self.new or self.published):
+            raise UserError("--method continue takes --data and --size; --new, --published: --method union")
         with atomic_file(Path(self.out), "wb") as file:
             if is_union:
-                file.write(merge(base, Tokenizer.from_pretrained(self.new)))
+                file.write(merge(base, Tokenizer.from_pretrained(self.new), self.published))
             else:
                 file.write(continue_merges(base, self.words(), self.size))
         print(f"{self.out}: {len(base):,} pieces -> {len(Tokenizer.from_pretrained(self.out)):,}")
 
 
 @dataclass
-class Report:
+class Report(Reading):
     """Compare a tokenizer and its extension on a corpus, language by language."""
 
     base: str = option(REQUIRED, "a tokenizer.model, or its folder")
@@ -183,19 +184,19 @@ class Report:
     plot: str | None = option(None, "a picture of fertility before and after; takes matplotlib")
 
     def run(self) -> None:
+        from tools import fertility, pictures  # beside the package: what a reader of it never needs
+
         base, new = Tokenizer.from_pretrained(self.base), Tokenizer.from_pretrained(self.new)
-        report = fertility_report(base, new, Corpus(self.data, held_out=self.held_out).stream(self.split))
-        print_report(report)
+        report = fertility.fertility_report(base, new, Corpus.from_settings(self).stream(self.split))
+        fertility.print_report(report)
         if self.json:
             write_json(Path(self.json), report)
         if self.plot:
-            from tools.pictures import draw_fertility  # beside the package: what a reader of it never needs
-
-            draw_fertility(report, Path(self.plot))
+            pictures.draw_fertility(report, Path(self.plot))
 
 
 @dataclass
-class Extend:
+class Extend(Reading):
     """Resize a checkpoint to a merged vocabulary."""
 
     model: str = option(REQUIRED, "the checkpoint folder")
@@ -216,7 +217,7 @@ class Extend:
     def run(self) -> None:
         merged, drawn = Tokenizer.from_pretrained(self.tokenizer), ()
         if self.data:
-            documents = Corpus(self.data, held_out=self.held_out).stream("train")
+            documents = Corpus.from_settings(self).stream("train")
             drawn = sample(documents, alpha=0.3, seed=self.seed)
         where = choose_device(self.device, "auto")
         extend_checkpoint(Path(self.model), merged, Path(self.out), self.init, self.seed, drawn, *where)

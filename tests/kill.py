@@ -27,7 +27,7 @@ TIMED = ("tokens_per_second", "waiting", "peak_memory_gb", "mfu")
 
 
 def arguments(out: Path, steps: int) -> list[str]:
-    settings = ["--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "500", "--seq-len", "32", "--batch-size", "4",
+    settings = ["--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "400", "--seq-len", "32", "--batch-size", "4",
                 "--micro-batch-size", "2", "--warmup-steps", "2", "--log-every", "3", "--save-every", "7",
                 "--eval-every", str(steps // 2)]  # fmt: skip
     return ["train.py", *settings, "--steps", str(steps), "--out", str(out)]

@@ -6,6 +6,7 @@ evaluate.py.
 """
 
 import numpy as np
+import pandas
 import torch
 
 LABELS = {
@@ -17,10 +18,13 @@ NOUN = {"sib200": "news", "taxi1500": "verse"}
 
 def read(root, bench, language, split):
     """Rows as dicts."""
-    name = f"{split}.tsv" if bench == "sib200" else f"{language}_{split}.tsv"
-    lines = (root / language / name).read_text(encoding="utf-8").split("\n")
-    lines = [line for line in lines if line][1 if bench == "sib200" else 0 :]
-    return [dict(zip(("id", "label", "text"), line.split("\t"))) for line in lines]
+    columns = ("id", "label", "text")
+    if bench == "sib200":
+        file = root / language / f"{split}.tsv"
+        table = pandas.read_csv(file, sep="\t", dtype=str, keep_default_na=False)
+        return table.set_axis(columns, axis="columns").to_dict("records")
+    lines = (root / language / f"{language}_{split}.tsv").read_text(encoding="utf-8").split("\n")
+    return [dict(zip(columns, line.split("\t"))) for line in lines if line]
 
 
 def few_shot(rng, train, doc, k):

@@ -20,6 +20,7 @@ import mala.data
 from mala.cli import UserError
 from mala.data import Batches, Stream, TokenFile, file_digests, open_streams, read_ahead, tokenise
 from mala.storage.corpus import Corpus
+from mala.storage.corpus_formats import Reading
 from mala.words.tokenizer import Tokenizer, WordPacker, append_pieces
 
 TOKENIZER = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
@@ -185,7 +186,8 @@ def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
 
     threading.Thread(target=kill, daemon=True).start()
     missing = [
-        TokenFile("aaa_Latn", fifo, mala.data.POOL_BYTES, {"file": f"{fifo.name}.bin"}) for fifo in fifos
+        TokenFile("aaa_Latn", fifo, mala.data.POOL_BYTES, {"file": f"{fifo.name}.bin"}, Reading())
+        for fifo in fifos
     ]
     with pytest.raises(UserError, match="a process that tokenised was killed"):
         list(mala.data._in_parallel(missing, tmp_path, WordPacker(TOKENIZER, "uint16")))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_train import succeed as succeed_here
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-SETTINGS = ["--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "500", "--seq-len", "32", "--batch-size", "8", "--warmup-steps",
+SETTINGS = ["--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "400", "--seq-len", "32", "--batch-size", "8", "--warmup-steps",
             "5", "--micro-batch-size", "2", "--lr", "1e-3", "--log-every", "1", "--save-every", "25"]  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

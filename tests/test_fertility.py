@@ -1,4 +1,4 @@
-"""mala.words.fertility against plain counting, and against what text of all kinds brings out."""
+"""tools.fertility against plain counting, and against what text of all kinds brings out."""
 
 import json
 
@@ -11,8 +11,8 @@ from mala.cli import UserError
 from mala.storage.corpus import Corpus
 from mala.storage.files import write_json
 from mala.vocab import count_words, merge, sample, train_pieces
-from mala.words.fertility import fertility_report, measure, print_report, unreachable
 from mala.words.tokenizer import Tokenizer, append_pieces
+from tools.fertility import fertility_report, measure, print_report, unreachable
 from tools.pictures import draw_fertility
 
 BASE = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")

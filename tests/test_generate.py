@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mala.cli import UserError
-from mala.generate import draw, generate, stream
+from mala.generate import draw, generate, main, stream
 from mala.model import Llama
+from mala.storage.config_json import to_config_json
 from mala.words.tokenizer import Tokenizer
 
 TINY = ROOT / "assets/tiny-llama"
@@ -34,6 +35,36 @@ def test_the_likeliest_tokens_are_transformers():
         ].tolist()
         ours = list(generate(model, ids, 40, temperature=0))
         assert ours == [token for token in expected if token != model.config.eos_token_id] and len(ours) > 5
+
+
+@pytest.mark.parametrize("eos", [None, 7, [7, 9]])
+def test_it_ends_at_the_next_document_too(eos):
+    """Packed as `<s> document <s> document`, a model says `<s>` at the end: transformers, told so, is the oracle."""
+    config = tiny_config(vocab_size=30, initializer_range=0.3, bos_token_id=1, eos_token_id=eos)
+    model = Llama(config)
+    model.init_weights(2)
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_config_json(config))).eval()
+    reference.load_state_dict(model.state_dict())
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    lengths = set()
+    for bos in range(30):  # every token takes the part of `<s>`
+        for prompt in ([1, 5], [1, 11, 3], [1, 20]):
+            ours = list(generate(model, prompt, 20, temperature=0, ends=[bos]))
+            ends = [bos, *eos]
+            options = dict(max_new_tokens=20, do_sample=False, eos_token_id=ends, pad_token_id=0)
+            theirs = reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+            assert ours == (theirs[:-1] if theirs[-1] in ends else theirs)
+            lengths.add(len(ours))
+    assert len(lengths) > 3
+
+
+def test_a_user_sees_the_first_document_alone(monkeypatch, capsys):
+    """The command takes the tokenizer's own `<s>`."""
+    drawn = iter([*TOKENIZER.encode(" and so"), TOKENIZER.bos_id, *TOKENIZER.encode(" another")])
+    monkeypatch.setattr("mala.generate.draw", lambda *_: next(drawn))
+    monkeypatch.setattr(sys, "argv", ["mala.generate", "--prompt", "One", "--model", str(TINY)])
+    main()
+    assert capsys.readouterr().out.split() == ["One", "and", "so"]
 
 
 def test_it_ends_where_the_text_ends_and_refuses_what_does_not_fit():

@@ -210,14 +210,14 @@ def test_the_command_merge_writes_a_plain_checkpoint(dtype, base, tokens, tmp_pa
         r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"]))  # fmt: skip
     train(reference, tokens)
     reference.eval().save_pretrained(tmp_path / "adapter")
-    (tmp_path / "base/tokenizer.model").write_bytes(b"old")
-    (tmp_path / "adapter/tokenizer.model").write_bytes(b"new")
+    (tmp_path / "base/tokenizer.json").write_text('{"old": 1}')
+    (tmp_path / "adapter/tokenizer.json").write_text('{"new": 1}')
     arguments = ["mala.lora", "merge"]
     for flag, folder in (("--model", "base"), ("--adapter", "adapter"), ("--out", "out")):
         arguments += [flag, str(tmp_path / folder)]
     monkeypatch.setattr(sys, "argv", arguments)
     main()
-    assert "merged" in capsys.readouterr().out and (tmp_path / "out/tokenizer.model").read_bytes() == b"new"
+    assert "merged" in capsys.readouterr().out and "new" in (tmp_path / "out/tokenizer.json").read_text()
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in merged.parameters()} == {
         dtype
@@ -318,6 +318,17 @@ KINDS = {
     "all-linear": dict(target_modules="all-linear", modules_to_save=()),
     "all-linear and the head": dict(target_modules="all-linear"),
     "regular expression": dict(target_modules=r".*\.0\.self_attn\.(q|o)_proj"),
+    "one block": dict(layers_to_transform=(1,)),
+    "blocks": dict(layers_to_transform=(0, 7), layers_pattern=("h", "lay.*"), target_modules=EVERY),
+    "blocks, but a full name": dict(
+        layers_to_transform=(1,), target_modules=("q_proj", "model.layers.0.self_attn.k_proj")
+    ),
+    "excluded": dict(target_modules=EVERY, exclude_modules=("q_proj", "0.mlp.up_proj", "self_attn")),
+    "excluded of some blocks": dict(
+        target_modules=EVERY, exclude_modules=r".*(up|v)_proj", layers_to_transform=(1,)
+    ),
+    "all-linear, excluded": dict(target_modules="all-linear", exclude_modules=r".*\.0\..*"),
+    "an expression, excluded": dict(target_modules=r".*_proj", exclude_modules=("mlp.up_proj",)),
     "part of a path": dict(
         target_modules=("1.self_attn.q_proj", "mlp.up_proj", "model.layers.0.self_attn.v_proj")
     ),
@@ -352,6 +363,40 @@ def test_every_kind_of_adapter_goes_both_ways(kind, base, tokens, tmp_path):
     add_lora(fresh, config)
     assert {k: v.shape for k, v in trainable_parameters(fresh).items()} == {
         k: v.shape for k, v in trainable_parameters(model).items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("layers, pattern", [(1, None), (0, "layers"), ([1], ["h", "layers"]), ([], "layers"),
+                                             ([0], ""), ([0, 1], []), ([1], "model.layers")])  # fmt: skip
+def test_the_blocks_are_those_that_peft_takes(layers, pattern, base, tokens, tmp_path):
+    """With the number or the pattern alone, as PEFT also spells a list of one."""
+    changes = dict(layers_to_transform=layers, layers_pattern=pattern, exclude_modules=["0.mlp.up_proj"])
+    reference = peft_model(base, LoRAConfig(lora_dropout=0.0, target_modules=EVERY), **changes)
+    train(reference, tokens)
+    reference.eval().save_pretrained(tmp_path)
+    model = Llama.from_pretrained(base)
+    load_adapter(model, tmp_path)
+    ours = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert ours == set(reference.targeted_module_names)
+    assert (model.eval()(tokens) - reference(tokens).logits).abs().max() < 1e-4
+
+
+HARMLESS = {
+    "transposed": dict(fan_in_fan_out=True),
+    "biases": dict(bias="all"),
+    "biases of its layers": dict(bias="lora_only"),
+    "mica": dict(init_lora_weights="mica"),
+    "saved, so no target": dict(target_modules=["q_proj", "lm_head"]),
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_changes_no_computation_here_is_taken(case, base, tokens, tmp_path):
+    reference = peft_model(base, **HARMLESS[case])
+    train(reference, tokens)
+    reference.eval().save_pretrained(tmp_path)
+    model = Llama.from_pretrained(base)
+    load_adapter(model, tmp_path)
+    assert (model.eval()(tokens) - reference(tokens).logits).abs().max() < 1e-4
 
 
 RENAMED = {
@@ -420,6 +465,35 @@ def test_a_tied_model_that_peft_untied_has_two_matrices_here(whole, tmp_path, to
         add_lora(Llama.from_pretrained(tmp_path / "base"), LoRAConfig(modules_to_save=("lm_head",)))
 
 
+@pytest.mark.parametrize("save_embedding_layers", [False, True])
+@pytest.mark.parametrize("whole", [["embed_tokens", "lm_head"], ["lm_head"], ["embed_tokens"], []])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_what_peft_ties_is_one_matrix_here(is_tied, whole, save_embedding_layers, tmp_path, tokens):
+    """Its `ensure_weight_tying`: the file names embed_tokens alone, and holds both, which are equal."""
+    model = Llama(tiny_config(tie_word_embeddings=is_tied))
+    model.init_weights(0)
+    model.save_pretrained(tmp_path / "base")
+    config = LoRAConfig(lora_dropout=0.0, modules_to_save=())
+    reference = peft_model(tmp_path / "base", config, modules_to_save=whole, ensure_weight_tying=True)
+    train(reference, tokens)
+    expected = reference.eval()(tokens).logits
+    reference.save_pretrained(tmp_path / "theirs", save_embedding_layers=save_embedding_layers)
+    load_adapter(model, tmp_path / "theirs")
+    assert (model.eval()(tokens) - expected).abs().max() < 1e-4
+    assert model.config.tie_word_embeddings == is_tied
+    save_adapter(model, tmp_path / "ours")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "ours")
+    assert (again(tokens).logits - expected).abs().max() < 1e-4
+    train(model.train(), tokens)  # further: one matrix stays one
+    assert (model.lm_head.weight is model.model["embed_tokens"].weight) == is_tied
+    merge_lora(model)
+    again = Llama.from_pretrained(tmp_path / "base")
+    load_adapter(again, tmp_path / "ours")
+    merge_lora(again)
+    assert (again(tokens) - expected).abs().max() < 1e-4
+
+
 def test_recomputation_draws_the_same_dropout(base, tokens):
     gradients = []
     for recompute in (False, True):
@@ -469,10 +543,13 @@ BAD = {
     "alpha": (dict(config={"lora_alpha": "32"}), r"adapter_config\.json: lora_alpha is '32'"),
     "names": (dict(config={"target_modules": ["q_proj", 3]}), r"adapter_config\.json: target_modules"),
     "pissa": (dict(config={"init_lora_weights": "pissa"}), r"init_lora_weights is 'pissa'"),
-    "head": (dict(config={"target_modules": ["lm_head"]}), r"target_modules names 'lm_head'"),
+    "head": (dict(config={"target_modules": ["lm_head"]}), r"target_modules, \('lm_head',\), matches no layer"),
+    "head as LoRA": (dict(config={"target_modules": ["lm_head"], "modules_to_save": []}), r"matches lm_head, expected only"),
     "whole": (dict(config={"modules_to_save": ["down_proj"]}), r"modules_to_save names 'down_proj'"),
     "kind": (dict(config={"peft_type": "IA3"}), r"peft_type is 'IA3'"),
-    "bias": (dict(config={"bias": "all"}), r"bias is 'all'"),
+    "trained bias": (dict(config={"bias": "all"}, tensors=lambda t: t.update({A0[:-13] + "bias": torch.ones(32)})),
+                     r"there is an extra 'base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.bias'"),
+    "variant": (dict(config={"kasa_config": {}}), r"kasa_config is \{\}, which is not implemented"),
     "module": (dict(config={"target_modules": ["query"]}), r"target_modules names 'query', expected some of"),
     "nan": (dict(tensors=lambda t: t[A0].view(-1)[3:4].fill_(float("nan"))), r"q_proj\.lora_A\.weight holds NaN or infinity"),
     "infinite": (dict(tensors=lambda t: t["base_model.model.lm_head.weight"][5].fill_(float("inf"))), r"lm_head\.weight holds"),
@@ -487,9 +564,18 @@ BAD = {
     "no match": (dict(config={"target_modules": "query_.*"}), r"target_modules, 'query_\.\*', matches no layer"),
     "head by match": (dict(config={"target_modules": ".*", "modules_to_save": []}), r"matches model\.embed_tokens, expected"),
     "future": (dict(config={"use_new_trick": True}), r"use_new_trick is True, which is not implemented"),
-    "layers": (dict(config={"layers_to_transform": [1]}), r"layers_to_transform is \[1\]"),
-    "excluded": (dict(config={"exclude_modules": ["v_proj"]}), r"exclude_modules is \['v_proj'\]"),
-    "transposed": (dict(config={"fan_in_fan_out": True}), r"fan_in_fan_out is True"),
+    "layers": (dict(config={"layers_to_transform": [1]}), r"there is an extra '.*layers\.0\.self_attn\.q_proj\.lora_A"),
+    "excluded": (dict(config={"exclude_modules": ["v_proj"]}), r"there is an extra '.*v_proj\.lora_A"),
+    "no block": (dict(config={"layers_to_transform": 2}), r"matches no layer that layers_to_transform and exclude_modules leave"),
+    "negative block": (dict(config={"layers_to_transform": [0, -1]}), r"layers_to_transform is \(0, -1\), expected numbers of"),
+    "true block": (dict(config={"layers_to_transform": True}), r"layers_to_transform is \(True,\), expected numbers of layers"),
+    "blocks as text": (dict(config={"layers_to_transform": "1"}), r"layers_to_transform is '1', expected a list or int"),
+    "blocks of an expression": (dict(config={"layers_to_transform": [1], "target_modules": ".*q_proj"}),
+                                r"layers_to_transform is \(1,\), layers_pattern None, target_modules '\.\*q_proj'; expected"),
+    "pattern alone": (dict(config={"layers_pattern": "layers"}), r"layers_pattern \('layers',\).*; expected numbers of layers"),
+    "no part": (dict(config={"layers_to_transform": 1, "layers_pattern": "(h"}), r"is no regular expression"),
+    "all excluded": (dict(config={"exclude_modules": "(.*_proj"}), r"'\(\.\*_proj' is no regular expression"),
+    "none left": (dict(config={"exclude_modules": ".*_proj"}), r"no layer that layers_to_transform and exclude_modules leave"),
     "pattern": (dict(config={"rank_pattern": {"q_proj": 0}}), r"the LoRA rank r is 0"),
     "patterns": (dict(config={"alpha_pattern": ["q_proj"]}), r"alpha_pattern is \['q_proj'\], expected a dict"),
     "pattern's rank": (dict(config={"rank_pattern": {"q_proj": 4}}), r"\(8, 32\), expected floating point \(4, 32\)"),
@@ -543,7 +629,7 @@ def test_merging_twice_and_saving_what_is_merged_are_refused(base, tokens, tmp_p
 
 def test_merge_brings_the_bases_files_and_wants_a_tokenizer_for_more_words(base, tmp_path):
     (base / "generation_config.json").write_text("{}")
-    (base / "tokenizer.json").write_text("old words")
+    (base / "tokenizer.json").write_text("{}")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
     for rows in (100, 130):
@@ -557,13 +643,18 @@ def test_merge_brings_the_bases_files_and_wants_a_tokenizer_for_more_words(base,
     assert files == {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"}
     assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == 0
     with pytest.raises(
-        UserError, match=r"there is no tokenizer\.model, but the adapter has 130 rows and its base 100"
+        UserError, match=r"there is no tokenizer, but the adapter has 130 rows and its base 100"
     ):
         merge_checkpoint(base, tmp_path / "adapter130", tmp_path / "long")
     (tmp_path / "adapter130/tokenizer.model").write_bytes(b"new words")
+    with pytest.raises(UserError, match=r"adapter130/tokenizer.model: truncated or no SentencePiece model"):
+        merge_checkpoint(base, tmp_path / "adapter130", tmp_path / "long")
+    (tmp_path / "adapter130/tokenizer.model").unlink()
+    (tmp_path / "adapter130/tokenizer.json").write_text('{"new": "words"}')
     merge_checkpoint(base, tmp_path / "adapter130", tmp_path / "long")
     files = {file.name for file in (tmp_path / "long").iterdir()}
-    assert files == {"config.json", "model.safetensors", "generation_config.json", "tokenizer.model"}
+    assert files == {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"}
+    assert "new" in (tmp_path / "long/tokenizer.json").read_text()
     with torch.no_grad():
         model = Llama.from_pretrained(base)
         model.model["layers"][0].mlp.up_proj.weight[0, 0] = float("inf")

@@ -1,4 +1,4 @@
-"""mala.running.memory_plan, flops and tools.dry_run against what PyTorch really keeps, allocates and
+"""tools.memory_plan, flops and tools.dry_run against what PyTorch really keeps, allocates and
 multiplies."""
 
 import pytest
@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mala.lora import LoRAConfig, add_lora, trainable_parameters
 from mala.model import Llama, LlamaConfig
-from mala.running.flops import flops_per_token, peak_flops
-from mala.running.memory_plan import block_activations, memory_plan
+from mala.running.flops import flops_per_token
 from tools.dry_run import Sizes, print_plan, print_time
+from tools.gpus import peak_flops
+from tools.memory_plan import block_activations, memory_plan
 
 
 def planned(config: LlamaConfig, dtype=torch.float32, checkpointing=False, device="meta", **lora) -> Llama:

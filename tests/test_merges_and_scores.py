@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from mala.cli import UserError
 from mala.storage.corpus import Corpus
 from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
-from mala.words.fertility import unreachable
 from mala.words.merges_and_scores import learn_pieces, merge_piece
 from mala.words.tokenizer import Tokenizer, append_pieces
+from tools.fertility import unreachable
 
 BASE = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
 KNOWN = BASE.scores()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, SHARED, tiny_config
+from safetensors.torch import load_file, save_file
 
 from mala.cli import UserError
 from mala.model import NAMED, KVCache, Llama, LlamaConfig
@@ -229,7 +230,6 @@ def test_changing_a_loaded_weight_leaves_the_file_alone(tmp_path, tokens):
 
 
 def test_old_exports_hold_rotary_buffers_which_are_skipped(tmp_path, tokens):
-    from safetensors.torch import load_file, save_file
 
     reference = make_reference(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
@@ -249,7 +249,6 @@ def spoil_config(**changes):
 
 def spoil_weights(change):
     def spoil(path: Path):
-        from safetensors.torch import load_file, save_file
 
         tensors = load_file(path / WEIGHTS)
         change(tensors)
@@ -302,7 +301,16 @@ def test_a_missing_or_truncated_shard_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{shard.name}: truncated"):
         Llama.from_pretrained(tmp_path)
     shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name}: there is no such file"):
+    with pytest.raises(UserError, match=f"{shard.name}: there is no such file, but {INDEX} names it"):
+        Llama.from_pretrained(tmp_path)
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 61234\n")
+    with pytest.raises(UserError, match=rf"{shard.name}: a Git LFS pointer, .*run `git lfs pull`"):
+        Llama.from_pretrained(tmp_path)
+    first = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    name = next(iter(load_file(first)))
+    shard.write_bytes(whole)
+    save_file({**load_file(shard), name: torch.ones(1)}, shard)
+    with pytest.raises(UserError, match=f"{shard.name}: holds '{name}', as {first.name} does"):
         Llama.from_pretrained(tmp_path)
     (tmp_path / INDEX).write_text('{"weight_map": 3}')
     with pytest.raises(UserError, match="no 'weight_map'"):

@@ -177,7 +177,7 @@ def test_a_checkpoint_folder_is_extended_as_the_model_is(init, shards, base, mer
     source, out = tmp_path / "source", tmp_path / "out"
     model = Llama.from_pretrained(TINY)
     model.save_pretrained(source, max_shard_bytes=10**9 if shards == 1 else 600_000)
-    files = {"tokenizer.model": base.model, "generation_config.json": b"{}", "LICENSE.txt": b"yours", "tokenizer.json": b"old",
+    files = {"tokenizer.model": base.model, "generation_config.json": b"{}", "LICENSE.txt": b"yours", "tokenizer.json": b"{}",
              "pytorch_model.bin": b"pickle", ".hidden": b"x"}  # fmt: skip
     for name, content in files.items():
         (source / name).write_bytes(content)
@@ -207,6 +207,7 @@ def test_a_checkpoint_folder_is_extended_as_the_model_is(init, shards, base, mer
         "vocab_size": len(merged),
     }
     kept = {"config.json", "tokenizer.model", "generation_config.json", "LICENSE.txt", ".hidden"}
+    kept |= {"tokenizer.json", "tokenizer_config.json"}
     names = {file.name for file in out.iterdir()}
     assert {name for name in names if ".safetensors" not in name} == kept
     unchanged = [f for f in source.glob("*.safetensors") if f.read_bytes() == (out / f.name).read_bytes()]
@@ -239,11 +240,13 @@ def test_only_the_two_matrices_are_in_memory(base, merged, tmp_path):
     code = f"""if True:
         import re
         from pathlib import Path
+        from mala.model import Llama
         from mala.words.new_rows import extend_checkpoint
         from mala.words.tokenizer import Tokenizer
         merged = Tokenizer.from_pretrained({str(tmp_path / "merged.model")!r})
         def memory(key):  # kB; not ru_maxrss, which a process takes over from the one that started it
             return int(re.search(key + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
+        Llama.from_pretrained({str(TINY)!r}, device="meta")  # for which PyTorch loads 80 MB of itself
         before = memory("VmRSS")
         extend_checkpoint(Path({str(tmp_path / "base")!r}), merged, Path({str(tmp_path / "out")!r}), "subtokens", 0)
         print(memory("VmHWM") - before)
@@ -291,7 +294,7 @@ def test_count_tokens_holds_no_more_than_it_keeps(base):
     )
 
 
-@pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
 def test_added_tokens_behind_the_tokenizer_are_not_taken_for_padding(place, base, merged, tmp_path):
     model = Llama(tiny_config(vocab_size=len(base) + 1))
     model.init_weights(0)
@@ -300,11 +303,13 @@ def test_added_tokens_behind_the_tokenizer_are_not_taken_for_padding(place, base
     added = (
         {"<|chat|>": len(base)}
         if place == "added_tokens.json"
-        else {"added_tokens_decoder": {"0": {}, str(len(base)): {}}}
+        else {"added_tokens_decoder": {"0": {}, str(len(base)): {"content": "<|chat|>"}}}
+        if place == "tokenizer_config.json"
+        else {"added_tokens": [{"id": len(base), "content": "<|chat|>"}]}
     )
     (tmp_path / "source" / place).write_text(json.dumps(added))
     with pytest.raises(
-        UserError, match=rf"{place}: adds token {len(base)} after the 2,048 of .*tokenizer\.model"
+        UserError, match=rf"{place}: '<.chat.>' is token 2,048, but the model has only 2,048 rows"
     ):
         extend_checkpoint(tmp_path / "source", merged, tmp_path / "out", "subtokens", 0)
     (tmp_path / "source" / place).write_text("{}")
@@ -321,8 +326,8 @@ def test_an_odd_index_and_a_base_that_holds_nan(base, merged, tmp_path):
         write_json(source / INDEX, {**index, "metadata": metadata})
         extend_checkpoint(source, merged, tmp_path / str(number), "subtokens", 0)
         written = json.loads((tmp_path / str(number) / INDEX).read_text())
-        more = 2 * 2 * 128 * (len(merged) - len(base))
-        assert written["metadata"] == ({"total_size": 7 + more} if number == 1 else metadata)
+        size = sum(tensor.nbytes for _, tensor in read_weights(tmp_path / str(number)))
+        assert written["metadata"] == {"total_size": size, "total_parameters": size // 2}
     write_json(source / INDEX, {"weight_map": {"lm_head.weight": "w/b.safetensors"}})
     with pytest.raises(
         UserError, match=r"names the file 'w/b\.safetensors', expected one in the same folder"
@@ -335,6 +340,33 @@ def test_an_odd_index_and_a_base_that_holds_nan(base, merged, tmp_path):
     with pytest.raises(UserError, match="holds NaN or infinity"):
         extend_checkpoint(source, merged, tmp_path / "out", "mean", 0)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_index_of_the_copy_is_that_of_its_shards(base, merged, tmp_path):
+    source, norm = tmp_path / "source", "model.norm.weight"
+    Llama.from_pretrained(TINY).save_pretrained(source, max_shard_bytes=600_000)
+    (source / "tokenizer.model").write_bytes(base.model)
+    weight_map = json.loads((source / INDEX).read_text())["weight_map"]
+    shards = sorted(set(weight_map.values()))
+    place = weight_map[norm]
+    other = next(shard for shard in shards if shard != place)
+    forgetful = {name: shard for name, shard in weight_map.items() if name != norm}
+    without = {name: shard for name, shard in weight_map.items() if shard != place}
+    cases = [
+        (without, "source: the weights lack"),
+        ({**weight_map, norm: "model-9.safetensors"}, "model-9.safetensors: there is no such file, but"),
+    ]
+    for changed, message in cases:
+        write_json(source / INDEX, {"weight_map": changed})
+        with pytest.raises(UserError, match=message):
+            extend_checkpoint(source, merged, tmp_path / "out", "subtokens", 0)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+    # LLaMA 2's index names buffers that are recomputed, and that its shards may lack.
+    buffer = {**weight_map, "model.rotary_emb.inv_freq": place}
+    for number, odd in enumerate((weight_map, buffer, {**weight_map, norm: other}, forgetful)):
+        write_json(source / INDEX, {"weight_map": odd})
+        extend_checkpoint(source, merged, tmp_path / str(number), "subtokens", 0)
+        assert json.loads((tmp_path / str(number) / INDEX).read_text())["weight_map"] == weight_map
 
 
 def test_errors_leave_the_model_and_the_disk_as_they_were(base, merged, tmp_path, monkeypatch):
@@ -372,9 +404,9 @@ def test_errors_leave_the_model_and_the_disk_as_they_were(base, merged, tmp_path
     weights = dict(read_weights(source))
     head = weights.pop("lm_head.weight")
     for found, message in (
-        (None, r"source: lm_head\.weight is missing, expected floating point \(2048, 128\) by config\.json"),
-        (head[:5].clone(), r"lm_head\.weight is .* \(5, 128\), expected"),
-        (head.int(), r"lm_head\.weight is torch\.int32"),
+        (None, r"source: the weights lack 1 tensors, the first is 'lm_head\.weight'"),
+        (head[:5].clone(), r"lm_head\.weight is bfloat16 \(5, 128\), expected floating point \(2048, 128\)"),
+        (head.int(), r"lm_head\.weight is int32"),
     ):
         write_weights(source, {**weights, **({} if found is None else {"lm_head.weight": found})})
         with pytest.raises(UserError, match=message):

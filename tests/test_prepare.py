@@ -20,7 +20,7 @@ import mala.running.run_log
 from mala.storage.files import lock
 from mala.storage.training_checkpoint import check_intact, checkpoints, read_state
 
-SHORT = ["--steps", "6", "--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "500", "--seq-len", "32", "--batch-size", "4",
+SHORT = ["--steps", "6", "--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "400", "--seq-len", "32", "--batch-size", "4",
          "--warmup-steps", "2", "--log-every", "2", "--save-every", "2", "--device", "cpu"]  # fmt: skip
 
 
@@ -85,7 +85,8 @@ def test_a_checkpoint_is_an_adapter_and_knows_its_step(out):
     state = read_state(out / "checkpoints/step-4")
     assert state["step"] == 4 and state["logged_step"] == 4 and state["identity"]["seq_len"] == 32
     assert {file.name for file in (out / "checkpoints/step-6").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "tokenizer.model", "training_state.json"
+        "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "tokenizer.model", "tokenizer.json",
+        "tokenizer_config.json", "training_state.json"
     }  # fmt: skip
     last = out / "checkpoints/step-6/adapter_model.safetensors"
     assert last.read_bytes() == (out / "adapter/adapter_model.safetensors").read_bytes()
@@ -277,7 +278,7 @@ def test_sigterm_finishes_the_step_and_saves(whole, tmp_path, train, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(mala.running.run_log.RunLog, "add", add)
-    monkeypatch.setattr(mala.running.run_log, "tqdm", lambda **settings: Counter(settings["initial"]))
+    monkeypatch.setattr(mala.running.run_log, "tqdm", lambda *_, **settings: Counter(settings["initial"]))
     message = train(*SHORT, "--save-every", 100, "--out", tmp_path / "out")
     assert (
         "out: stopped after step 4 of 6, with a checkpoint; the same command goes on there" in message
@@ -358,6 +359,6 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tmp_path, train):
     shutil.copytree(ROOT / "assets/tiny-llama", tmp_path / "model")
     (tmp_path / "model/model.safetensors").unlink()
     message = train(*SHORT, "--dry-run", "--model", tmp_path / "model", "--out", tmp_path / "out")
-    assert "vocabulary: 2,048 pieces + 500 = 2,548, at most" in message and "training 668,672 of" in message
+    assert "vocabulary: 2,048 pieces + 400 = 2,448\n" in message and "training 643,072 of" in message
     assert "6 steps: 24 blocks, 768 tokens" in message and "total" in message
     assert not (tmp_path / "out").exists()

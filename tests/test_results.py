@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mala.benchmarks import comparison, results
+from mala.benchmarks import results
 from mala.cli import UserError
+from tools import comparison, tables
 
 
 def answer(lang, id, right, seed=1, label="b"):
@@ -56,17 +57,19 @@ def test_the_paired_test_counts_sign_patterns(differences):
     expected = Fraction(
         sum(abs(sum(pattern)) >= abs(sum(differences)) for pattern in patterns), len(patterns)
     )
-    assert results.paired_p([d / 7 for d in differences]) == pytest.approx(float(expected), abs=0.03)
+    assert comparison.paired_p([d / 7 for d in differences]) == pytest.approx(float(expected), abs=0.03)
 
 
 def test_the_paired_test_is_mcnemars_for_answers_and_flat_without_a_difference():
     for won, lost in ((20, 5), (30, 28), (60, 20), (16, 0)):
         n, k = won + lost, min(won, lost)
         exact = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-        assert results.paired_p([1.0] * won + [-1.0] * lost + [0.0] * 50) == pytest.approx(exact, abs=0.015)
-    assert results.paired_p([]) == results.paired_p([0.0, 0.0]) == 1.0
+        assert comparison.paired_p([1.0] * won + [-1.0] * lost + [0.0] * 50) == pytest.approx(
+            exact, abs=0.015
+        )
+    assert comparison.paired_p([]) == comparison.paired_p([0.0, 0.0]) == 1.0
     rng = np.random.default_rng(0)
-    p = [results.paired_p(list(rng.normal(size=40))) for _ in range(200)]
+    p = [comparison.paired_p(list(rng.normal(size=40))) for _ in range(200)]
     assert 0.01 < np.mean(np.array(p) < 0.05) < 0.10 and 0.4 < np.mean(p) < 0.6
 
 
@@ -117,7 +120,7 @@ def test_every_language_has_the_same_weight_and_scripts_their_own_average(capsys
     assert result["macro"]["ci95"] == results.bootstrap([1.0, 1.0, 0.0])
     assert result["groups"]["Latn"]["accuracy"] == 1.0 and result["groups"]["Latn"]["languages"] == 2
     assert result["groups"]["Ethi"] == {"languages": 1, **results.macro({"amh_Ethi": languages["amh_Ethi"]})}
-    results.print_results(result)
+    tables.print_results(result)
     printed = capsys.readouterr().out.splitlines()
     first = [line.split()[0] for line in printed]
     assert first == [

@@ -59,20 +59,26 @@ def same(ours: bytes, theirs: pb2.ModelProto):
     assert parsed.trainer_spec == theirs.trainer_spec and parsed.normalizer_spec == theirs.normalizer_spec
 
 
-def test_merge_equals_the_protobuf_procedure(base, new):
-    merged = merge(base, new)
+def test_merge_equals_the_protobuf_procedure(base, new, capsys):
+    merged = merge(base, new, published=True)
     same(merged, merge_by_protobuf(base.model, new.model))
     assert len(Tokenizer(merged)) > len(base) + 2000
     assert Tokenizer(merged).pieces[: len(base)] == base.pieces
     assert merge(Tokenizer(merged), new) == merged  # merging twice adds nothing
+    apart = pb2.ModelProto.FromString(merge(base, new))
+    scores = [piece.score for piece in apart.pieces[len(base) :]]
+    assert len(set(scores)) == len(scores) and not set(scores) & set(base.scores().values())
+    ranked = [piece.score for piece in pb2.ModelProto.FromString(merged).pieces[len(base) :]]
+    assert sorted(range(len(scores)), key=lambda i: -scores[i]) == sorted(
+        range(len(scores)), key=lambda i: -ranked[i]
+    )
     odd = pb2.ModelProto.FromString(new.model)
     for number, kind in enumerate(("UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE")):
         if kind not in ("UNKNOWN", "BYTE"):  # one <unk> is there, and bytes come as 256
             odd.pieces.add(piece=f"<{kind}>", score=-number, type=getattr(pb2.ModelProto.SentencePiece, kind))
-    same(
-        merge(base, Tokenizer(odd.SerializeToString())),
-        merge_by_protobuf(base.model, odd.SerializeToString()),
-    )
+    assert merge(base, Tokenizer(odd.SerializeToString(), "odd.model")) == merge(base, new)
+    told = "odd.model: left out 2 pieces, user-defined or unused: '<UNUSED>', '<USER_DEFINED>'"
+    assert told in capsys.readouterr().err
 
 
 @needs_shared
@@ -80,7 +86,7 @@ def test_merge_equals_the_protobuf_procedure(base, new):
 def test_merge_into_the_official_model(size, shared_words):
     official, new = Tokenizer.from_pretrained(SHARED / "llama2"), Tokenizer(train_pieces(shared_words, size))
     assert len(new) == size
-    merged = merge(official, new)
+    merged = merge(official, new, published=True)
     same(merged, merge_by_protobuf(official.model, new.model))
     assert Tokenizer(merged).pieces[:32000] == official.pieces
 
@@ -228,7 +234,7 @@ def test_sampling_reads_a_document_once_and_only_when_its_turn_comes(tmp_path, m
     monkeypatch.setattr(
         mala.storage.corpus,
         "read_documents",
-        lambda file: (reads.append(text) or text for text in "xyz" * 400),
+        lambda file, reading: (reads.append(text) or text for text in "xyz" * 400),
     )
     drawn = sample(documents, 0.3, 0)
     next(drawn)
@@ -262,31 +268,6 @@ def test_errors(base, new):
             call()
 
 
-def test_continue_refuses_a_base_that_rewrites_text():
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(DEMO["eng_Latn"] * 20), model_writer=model,
-                                             vocab_size=400, model_type="bpe", byte_fallback=True, minloglevel=2)  # fmt: skip
-    nfkc = Tokenizer(model.getvalue(), "nfkc.model")
-    for word in ("ﬁve", "ﬁé½ጤ", "ᄀ"):
-        with pytest.raises(
-            UserError, match=r"nfkc.model: reads '▁.*' as '.*'; continue takes a base that does not normalise"
-        ):
-            continue_merges(nfkc, {word: 5, "five": 3, "fives": 3}, 1)
-
-
-def test_a_merged_model_loads_in_sentencepiece_and_transformers(base, new, tmp_path):
-    import transformers
-
-    (tmp_path / "tokenizer.model").write_bytes(merge(base, new))
-    ours = Tokenizer.from_pretrained(tmp_path)
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    assert processor.get_piece_size() == len(ours)
-    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path, legacy=True)
-    # Not their ids: transformers 5 rebuilds the merges and, where a base piece and a new one share a score,
-    # orders them otherwise than SentencePiece does.
-    assert theirs.convert_ids_to_tokens(range(len(ours))) == ours.pieces
-
-
 def call(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["mala.vocab", *map(str, args)])
     main()
@@ -299,6 +280,8 @@ def test_the_command_line_from_corpus_to_checkpoint(base, new, tmp_path, monkeyp
     call(
         monkeypatch,
         "merge",
+        "--method",
+        "union",
         "--base",
         TINY,
         "--new",
@@ -328,7 +311,7 @@ def test_the_command_line_from_corpus_to_checkpoint(base, new, tmp_path, monkeyp
          "--out", tmp_path / "new.model")  # fmt: skip
     published = pb2.ModelProto.FromString((tmp_path / "new.model").read_bytes())
     assert published.normalizer_spec.name == "nmt_nfkc" and len(published.pieces) == 2500
-    call(monkeypatch, "merge", "--method", "continue", "--base", TINY, "--data", data, "--size", 500,
+    call(monkeypatch, "merge", "--base", TINY, "--data", data, "--size", 500,
          "--out", tmp_path / "merged.model")  # fmt: skip
     assert (tmp_path / "merged.model").read_bytes() == continue_merges(base, WORDS, 500)
 
@@ -344,10 +327,11 @@ def test_wrong_command_lines_leave_nothing(base, new, tmp_path, monkeypatch):
     (tmp / "empty/swh_Latn.txt").write_text("\n \n")
     before = sorted(tmp.rglob("*"))
     mistakes = {
-        "--method union takes --new": ["merge", "--base", TINY],
-        "and neither --data nor --size": ["merge", "--base", TINY, "--new", tmp / "new.model", "--size", 3],
-        "--method continue takes --data": ["merge", "--method", "continue", "--base", TINY, "--new", tmp / "new.model"],
-        r"cut\.model: truncated or no SentencePiece model": ["merge", "--base", tmp / "cut.model", "--new", tmp / "new.model"],
+        "--method union takes --new": ["merge", "--method", "union", "--base", TINY],
+        "and neither --data nor --size": ["merge", "--method", "union", "--base", TINY, "--new", tmp / "new.model", "--size", 3],
+        "--method continue takes --data": ["merge", "--base", TINY, "--new", tmp / "new.model"],
+        "--published: --method union": ["merge", "--base", TINY, "--data", data, "--size", 9, "--published"],
+        r"cut\.model: truncated or no SentencePiece model": ["merge", "--base", tmp / "cut.model", "--data", data, "--size", 9],
         "arguments are required: --size": ["train", "--data", data],
         "size is 0, expected a number from 1": ["train", "--data", data, "--size", 0],
         "documents is 0, expected a number from 1": ["train", "--data", data, "--size", 100, "--documents", 0],
@@ -378,7 +362,7 @@ def test_wrong_command_lines_leave_nothing(base, new, tmp_path, monkeypatch):
             tmp / "there",
         )
     with pytest.raises(UserError, match="there: a folder, expected the name of a file"):
-        call(monkeypatch, "merge", "--base", TINY, "--new", tmp / "new.model", "--out", tmp / "there")
+        call(monkeypatch, "merge", "--base", TINY, "--data", data, "--size", 9, "--out", tmp / "there")
     with pytest.raises(UserError, match="does not begin with the pieces of"):
         call(
             monkeypatch,

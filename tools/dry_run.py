@@ -7,14 +7,16 @@ from itertools import islice
 
 import torch
 
-from mala.cli import choose_device, print_table
+from mala.cli import choose_device
 from mala.lora import add_lora, parameter_report
 from mala.model import Llama, LlamaConfig
-from mala.running.flops import flops_per_token, peak_flops
-from mala.running.memory_plan import memory_plan
+from mala.running.flops import flops_per_token
 from mala.running.settings import Settings
 from mala.storage.corpus import Corpus
 from mala.words.tokenizer import Tokenizer
+from tools.gpus import peak_flops
+from tools.memory_plan import memory_plan
+from tools.tables import print_table
 
 GPU_SIZES = (16, 24, 32, 40, 48, 64, 80, 96, 141, 192)  # GB
 
@@ -69,9 +71,7 @@ def planned_model(settings: Settings, tokenizer: Tokenizer, dtype: torch.dtype) 
 
 def print_corpus(settings: Settings, tokenizer: Tokenizer) -> int:
     """Print what there is to train on; returns about how many tokens of the base's tokenizer it has."""
-    documents = Corpus(settings.data, settings.langs, settings.held_out, settings.max_held_out).stream(
-        "train"
-    )
+    documents = Corpus.from_settings(settings).stream("train")
     tokens = 0
     for texts in documents.values():
         first = list(islice(texts, 100))

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from mala.benchmarks.tasks import Taxi1500
 from mala.cli import REQUIRED, UserError, option, parse_command, run
-from mala.storage.corpus import LANGUAGE, check_languages, read_lines
+from mala.storage.corpus import LANGUAGE, check_languages
+from mala.storage.corpus_formats import read_lines
 from tools.bible import MIN_VERSES, SPLITS, Labels, Verses, join, read_archive, write_languages
 from tools.fetch import File, download_all, list_files
 

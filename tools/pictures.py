@@ -13,7 +13,7 @@ from typing import Any
 from mala.cli import UserError
 from mala.storage.corpus import script_of
 from mala.storage.files import atomic_path
-from mala.words.fertility import by_unit
+from tools.fertility import by_unit
 
 MAX_NAMES = 120  # languages that are named below a picture; of more the names could not be read
 

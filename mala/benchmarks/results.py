@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from mala.cli import UserError, print_table
-from mala.storage.corpus import read_lines, script_of
+from mala.cli import UserError
+from mala.storage.corpus import script_of
+from mala.storage.corpus_formats import read_lines
 
 RESAMPLES = 2000  # of a bootstrap
-FLIPS = 9999  # of a paired test
 Prediction = dict[str, Any]
 Figures = dict[str, Any]  # of a language, or averages over some
 Languages = dict[str, Figures]
@@ -31,27 +31,11 @@ def bootstrap(values: list[float]) -> list[float] | None:
     n, x, rng = len(values), np.asarray(values), np.random.default_rng(0)
     if n < 2:
         return None
-    means = [x[rng.integers(n, size=(rows, n))].mean(1) for rows in _blocks(RESAMPLES, n)]
+    means = [x[rng.integers(n, size=(rows, n))].mean(1) for rows in row_blocks(RESAMPLES, n)]
     return np.quantile(np.concatenate(means), [0.025, 0.975]).tolist()
 
 
-def paired_p(differences: list[float]) -> float:
-    """Two-sided p of a paired test: how often random signs give a mean difference as far from 0 as this one.
-    Fisher's randomisation test. If all differences are of one size, as those of right and wrong answers are,
-    it is McNemar's exact test and follows from binomials; else FLIPS random sign patterns stand for all."""
-    d = np.asarray([difference for difference in differences if difference])
-    n, fewer = len(d), min(np.count_nonzero(d > 0), np.count_nonzero(d < 0))
-    if not n:
-        return 1.0
-    if np.ptp(np.abs(d)) == 0:
-        return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
-    rng = np.random.default_rng(0)
-    far = abs(d.sum()) - 1e-9 * np.abs(d).sum()  # equal but for rounding counts as equal
-    sums = [(2.0 * rng.integers(2, size=(rows, n)) - 1) @ d for rows in _blocks(FLIPS, n)]
-    return float((1 + np.count_nonzero(np.abs(np.concatenate(sums)) >= far)) / (1 + FLIPS))
-
-
-def _blocks(rows: int, columns: int) -> Iterator[int]:
+def row_blocks(rows: int, columns: int) -> Iterator[int]:
     """`rows` in parts of about a million numbers, so that many columns need no more memory."""
     for start in range(0, rows, size := max(1, 2**20 // columns)):
         yield min(size, rows - start)
@@ -137,61 +121,3 @@ def read_languages(file: Path) -> set[str]:
     if not listed:
         raise UserError(f"{file}: no languages; expected one a line, such as swh_Latn")
     return listed
-
-
-def print_results(result: dict[str, Any]) -> None:
-    """The table, best languages first; how many of them are above the baseline; what seeds change."""
-    languages, total = result["languages"], result["macro"]
-    if "nll_per_document" in total:
-        tabulate(result, OF_DOCUMENTS, "nll_per_document")
-    else:
-        tabulate(result, OF_EXAMPLES, "accuracy", descending=True)
-        above = [one for one in languages.values() if one["accuracy"] > one["majority"]]
-        surely = sum(one["ci95"] is not None and one["ci95"][0] > one["majority"] for one in above)
-        count = f"{len(above)} of {len(languages)} languages, with their whole interval {surely}"
-        print(f"above the majority class: {count}")
-    if "seed_sd" in total:
-        by_seed = ", ".join(f"{seed}: {value:.3f}" for seed, value in total["accuracy_by_seed"].items())
-        print(f"macro-average by seed: {by_seed} (standard deviation {total['seed_sd']:.3f})")
-
-
-Columns = dict[str, tuple[str, str]]  # title -> a figure and its format
-OF_DOCUMENTS: Columns = {
-    "documents": ("documents", ","),
-    "NLL/document": ("nll_per_document", ".2f"),
-    "95% interval": ("ci95", ".1f"),
-    "NLL/token": ("nll_per_token", ".2f"),
-    "bits/byte": ("bits_per_byte", ".2f"),
-}
-OF_EXAMPLES: Columns = {
-    "examples": ("n", ","),
-    "accuracy": ("accuracy", ".3f"),
-    "95% interval": ("ci95", ".3f"),
-    "per character": ("accuracy_norm", ".3f"),
-    "majority": ("majority", ".3f"),
-    "uniform": ("uniform", ".3f"),
-}
-
-
-def tabulate(result: dict[str, Any], columns: Columns, key: str, descending: bool = False) -> None:
-    """A table of languages in order of the figure `key`, then of groups and the macro-average. An average has
-    no counts of its own: it shows the sums of its languages' counts."""
-
-    def row(name: str, figures: Figures, members: Languages) -> list[str]:
-        cells = [name]
-        for figure, form in columns.values():
-            value = figures[figure] if figure in figures else sum(one[figure] for one in members.values())
-            if isinstance(value, list):
-                cells.append(f"{value[0]:{form}} to {value[1]:{form}}")
-            elif value is None:
-                cells.append("")  # a single value has no interval
-            else:
-                cells.append("<0.001" if figure == "p" and value < 0.001 else f"{value:{form}}")
-        return cells
-
-    languages = result["languages"]
-    in_order = sorted(languages, key=lambda language: languages[language][key], reverse=descending)
-    rows = [row(language, languages[language], {}) for language in in_order]
-    groups = by_script(languages) if "groups" in result else []
-    last = [row(f"{name}, {len(group)} languages", result["groups"][name], group) for name, group in groups]
-    print_table(("language", *columns), rows, [*last, row("macro-average", result["macro"], languages)])

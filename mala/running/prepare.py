@@ -39,8 +39,8 @@ from mala.words.tokenizer import Tokenizer
 
 # The settings that decide, with the checkpoint and the corpus, what is trained on what. Others, such as the
 # learning rate, may be changed on the way.
-IDENTITY = """langs held_out max_held_out extend_vocab vocab_method init r lora_alpha lora_dropout use_rslora
-    target_modules modules_to_save seq_len batch_size alpha seed""".split()
+IDENTITY = """langs held_out max_held_out text_field skip_bad_lines extend_vocab vocab_method init r
+    lora_alpha lora_dropout use_rslora target_modules modules_to_save seq_len batch_size alpha seed""".split()
 
 
 def prepare(
@@ -128,14 +128,15 @@ def checkpoint_digest(directory: Path) -> str:
 def corpus_digest(corpus: Corpus, files: dict[str, list]) -> str:
     """SHA-256 of the languages, the names of their files, and what these hold."""
     pairs = [(language, file) for language, of_language in corpus.files.items() for file in of_language]
-    entries = [[language, file.name, files[str(file.resolve())][2]] for language, file in pairs]
+    names = ("/".join(file.relative_to(corpus.root).parts[1:]) or file.name for _, file in pairs)
+    entries = [[one, name, files[str(file.resolve())][2]] for (one, file), name in zip(pairs, names)]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def check_identity(file: Path, theirs: dict[str, Any], identity: dict[str, Any], settings: Settings) -> None:
     """Raise UserError if an earlier run, whose identity stands in `file`, was another than this one."""
     for key, value in identity.items():
-        if theirs.get(key) == value:
+        if theirs.get(key, getattr(Settings, key, None)) == value:  # it may be older than a setting
             continue
         difference = {
             "model": f"began from another checkpoint than {settings.model} is now",

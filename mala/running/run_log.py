@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar, metrics.jsonl, TensorBoard if asked for, and a table at the end.
+"""What a run shows: a progress bar, metrics.jsonl, and TensorBoard if asked for.
 
 metrics.jsonl holds one JSON object per logged step: `step`, `tokens` (seen so far), `loss` (nats a token, the
 mean since the line before), `lr`, `grad_norm`, `tokens_per_second`, `waiting` (the share of the time in which
@@ -13,30 +13,27 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from mala.cli import print_table
 from mala.running.distributed import World
-from mala.running.flops import peak_flops
 from mala.storage.files import atomic_file, named
 
 
 class RunLog:
     """Only the main process writes; the others keep the same state, which goes into every checkpoint. state:
     of the checkpoint that the run goes on from, else `{"step": 0}`. tokens and flops: of a step, in all
-    processes."""
+    processes. peak: FLOP/s of the GPU, 0 if that is not known."""
 
-    def __init__(self, out: Path, state: dict[str, Any], steps: int, tokens: int, flops: int, world: World):
+    def __init__(
+        self, out: Path, state: dict, steps: int, tokens: int, flops: int, peak: float, world: World
+    ):
         self.state = {"logged_step": 0, "loss": 0.0, **state}  # `loss` is summed up from one line to the next
-        self.tokens, self.flops, self.world = tokens, flops, world
+        self.tokens, self.flops, self.peak, self.world = tokens, flops, peak, world
         self.timed_from, self.time, self.waited = state["step"], time.perf_counter(), 0.0
         self.file = self.tensorboard = None
-        self.bar = tqdm(
-            total=steps, initial=state["step"], desc="training", unit="step", disable=world.no_bar
-        )
+        self.bar = tqdm(None, "training", steps, unit="step", initial=state["step"], disable=world.no_bar)
         self.path = out / "metrics.jsonl"
         if world.is_main:
             rewind(self.path, state["step"])
@@ -59,17 +56,12 @@ class RunLog:
         """A line of metrics.jsonl, for the steps since the last. nll: of held-out text, if measured."""
         seconds, steps = time.perf_counter() - self.time, step - self.timed_from
         speed = steps * self.tokens / seconds
-        line = {
-            "step": step,
-            "tokens": step * self.tokens,
-            "loss": self.state["loss"] / (step - self.state["logged_step"]),
-            **figures,
-            "tokens_per_second": speed,
-            "waiting": self.waited / seconds,
-            "peak_memory_gb": peak_memory(self.world.device) / 1e9,
-        }
-        if self.world.device != "cpu" and (peak := peak_flops(torch.cuda.get_device_name())):
-            line["mfu"] = steps * self.flops / seconds / (peak * self.world.size)
+        loss = self.state["loss"] / (step - self.state["logged_step"])
+        line = {"step": step, "tokens": step * self.tokens, "loss": loss, **figures}
+        line |= {"tokens_per_second": speed, "waiting": self.waited / seconds}
+        line["peak_memory_gb"] = peak_memory(self.world.device) / 1e9
+        if self.peak:
+            line["mfu"] = steps * self.flops / seconds / (self.peak * self.world.size)
         scalars = {name: value for name, value in line.items() if name != "step"}
         if nll:
             line["nll_per_document"] = scalars["nll_per_document"] = nll["macro"]["nll_per_document"]
@@ -125,25 +117,3 @@ def peak_memory(device: str) -> int:
     import resource  # not on Windows, which no other part needs to know
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def print_nll(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A table of languages, best first, and one line of summary."""
-    changes = {
-        language: after["languages"][language]["nll_per_document"] / was["nll_per_document"] - 1
-        for language, was in before["languages"].items()
-    }
-    rows = []
-    for language in sorted(changes, key=changes.get):
-        was, now = before["languages"][language], after["languages"][language]
-        nll = [f"{figures['nll_per_document']:.1f}" for figures in (was, now)]
-        bits = [f"{figures['bits_per_byte']:.2f}" for figures in (was, now)]
-        rows.append((language, str(was["documents"]), *nll, f"{changes[language]:+.1%}", *bits))
-    print_table(("language", "documents", "NLL before", "after", "change", "bits/byte before", "after"), rows)
-    (b, a), n = (before["macro"], after["macro"]), len(changes)
-    change = a["nll_per_document"] / b["nll_per_document"] - 1
-    print(
-        f"held-out NLL, nats a document, mean of {n} languages: {b['nll_per_document']:.1f} -> "
-        f"{a['nll_per_document']:.1f} ({change:+.1%}), bits per byte {b['bits_per_byte']:.2f} -> "
-        f"{a['bits_per_byte']:.2f}; improved: {sum(value < 0 for value in changes.values())} of {n}"
-    )

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from mala.cli import UserError, check_folder, check_ranges, option
 from mala.lora import LoRAConfig
+from mala.storage.corpus_formats import Reading
 from mala.words.new_rows import INITS
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-METHODS = ("union", "continue")  # pieces learnt apart, as MaLA-500, or further merges on the base's own
+METHODS = ("continue", "union")  # further merges on the base's own, or pieces learnt apart, as MaLA-500
 
 
 @dataclass
-class Settings:
+class Settings(Reading):
     config: str | None = option(None, "a recipe, TOML: keys as the flags here, with underscores")
     model: str = option(str(ASSETS / "tiny-llama"), "the base checkpoint: a folder, or a name on the hub")
     data: str = option(str(ASSETS / "demo/sib200"), "the corpus, a folder with one entry per language")
@@ -27,7 +28,7 @@ class Settings:
     max_held_out: int = option(1000, "at most this many of them a language")
 
     extend_vocab: int = option(4000, "learn this many pieces and add what the tokenizer lacks; 0: none")
-    vocab_method: str = option("union", "pieces learnt apart, or further merges", choices=METHODS)
+    vocab_method: str = option("continue", "further merges, or pieces learnt apart", choices=METHODS)
     init: str = option("subtokens", "how new rows start, see mala/words/new_rows.py", choices=tuple(INITS))
     r: int = option(8, "LoRA rank")
     lora_alpha: float = option(32.0, "LoRA scale, divided by the rank")
@@ -61,10 +62,9 @@ class Settings:
     compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
-        positive = (
-            "steps seq_len batch_size micro_batch_size lr log_every save_every keep eval_every eval_documents"
-        )
-        for name in f"{positive} max_grad_norm epochs".split():
+        positive = """steps seq_len batch_size micro_batch_size lr log_every save_every keep eval_every
+            eval_documents max_grad_norm epochs"""
+        for name in positive.split():
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, expected a positive number")
         from_zero = ("extend_vocab", "warmup_steps", "weight_decay", "alpha", "max_held_out", "seed")
@@ -90,7 +90,6 @@ class Settings:
         size = self.micro_batch_size or max(1, self.batch_size // processes)
         if self.batch_size % (size * processes):
             times = f" x {processes} processes" if processes > 1 else ""
-            raise UserError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {size}{times}"
-            )
+            multiple = f"micro_batch_size {size}{times}"
+            raise UserError(f"batch_size {self.batch_size} is not a multiple of {multiple}")
         return size

@@ -10,18 +10,20 @@ from mala.storage.files import read_json
 
 SAVEABLE = ("embed_tokens", "lm_head")  # what may train, and be saved, whole
 ENDS_WITH = r"(.*\.)?({})$"  # as PEFT compares a pattern: with a full name, or with its end after a dot
-# Settings that do not change what an adapter computes. Others that LoRAConfig lacks are ACCEPTED so, or OFF.
+BLOCK = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # as PEFT finds a layer's block
+# Settings that do not change what an adapter computes (biases that it trains are extra tensors, and PEFT
+# transposes no nn.Linear). Others that LoRAConfig lacks are ACCEPTED so, or OFF.
 HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
     megatron_core runtime_config loftq_config eva_config corda_config lora_ga_config qalora_group_size
-    ensure_weight_tying layers_pattern""".split()
+    ensure_weight_tying bias fan_in_fan_out""".split()
 ACCEPTED = {
     "peft_type": ("LORA",),
-    "bias": ("none", None),
     # Other ways to start A and B also change the base's weights, which the adapter then goes with.
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
-OFF = (None, False, [], {}, "")
+OFF = (None, False, [], "")  # but {} is a variant with its defaults
 KINDS = dict(target_modules=(list, str), modules_to_save=(list,), rank_pattern=(dict,), alpha_pattern=(dict,))
+KINDS |= dict(exclude_modules=(list, str), layers_to_transform=(list, int), layers_pattern=(list, str))
 
 
 def read_adapter_config(directory: Path, config_class: type) -> Any:
@@ -42,8 +44,10 @@ def read_adapter_config(directory: Path, config_class: type) -> Any:
         if key in given and not isinstance(given[key], kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise UserError(f"{path}: {key} is {given[key]!r}, expected a {expected}")
-    if isinstance(given["target_modules"], list):
-        given["target_modules"] = tuple(given["target_modules"])
+    for key in ("layers_to_transform", "layers_pattern"):  # PEFT takes one of them without a list, too
+        if not isinstance(given.get(key, []), list):
+            given[key] = [given[key]] if given[key] != "" else []
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     given["modules_to_save"] = tuple(str(name).removeprefix("model.") for name in given["modules_to_save"])
     try:
         return config_class(**given)
@@ -69,8 +73,15 @@ def check_lora_config(config: Any) -> None:
             raise UserError(f"modules_to_save names {name!r}, expected some of {', '.join(SAVEABLE)}")
     if not targets and not saved:
         raise UserError("target_modules and modules_to_save are both empty: nothing would train")
+    blocks, parts = config.layers_to_transform, config.layers_pattern
+    if not all(type(number) is int and number >= 0 for number in blocks or ()):
+        raise UserError(f"layers_to_transform is {blocks!r}, expected numbers of layers, from 0 on")
+    if (blocks is not None and isinstance(targets, str)) or (parts and blocks is None):
+        found = f"layers_to_transform is {blocks!r}, layers_pattern {parts!r}, target_modules {targets!r}"
+        raise UserError(f"{found}; expected numbers of layers, with target_modules by name, or neither")
     patterns = [ENDS_WITH.format(pattern) for pattern in (*config.rank_pattern, *config.alpha_pattern)]
-    for pattern in [*patterns, targets] if isinstance(targets, str) else patterns:
+    patterns += [BLOCK.format(part) for part in parts or ()]
+    for pattern in [*patterns, *(names for names in (targets, config.exclude_modules) if type(names) is str)]:
         try:
             re.compile(pattern)
         except re.error as error:

@@ -1,85 +1,121 @@
-"""A corpus of many languages: the folder, its formats, and which documents are held out.
+"""A corpus of many languages: the folder, and which documents are held out.
 
-A corpus is a folder with one entry per language, `<ISO 639-3>_<ISO 15924>`: a file `swh_Latn.txt` (a document
-a line) or `swh_Latn.jsonl` (a document a `text` field), either with `.gz`, or a folder `swh_Latn/` of such
-files, of `.parquet`, of `.arrow`, or of SIB-200's and Taxi1500's `.tsv`. If a language's files are named for
-their split (`train.tsv`, `swh_Latn_test.jsonl`), the split is theirs; else its last documents are held out.
+A corpus is a folder with one entry per language, `<ISO 639-3>_<ISO 15924>`: a file `swh_Latn.txt`, or a
+folder `swh_Latn/` of files, in the formats of corpus_formats.py. Published corpora load as downloaded:
+
+    swh_Latn/train/data-00000-of-00002.arrow    Glot500-c; of the shards only those that state.json names
+    data/swh_Latn/train/000_00000.parquet       FineWeb-2
+    swh_Latn/train.jsonl, validation.jsonl      the MaLA corpus
+    v1.0/swh-Latn/swh-Latn_0.parquet            GlotCC
+
+If a language's files, or the folders they lie in, are named for their split, the split is theirs; else its
+last documents are held out. A validation split stands in for a test split that is not there.
 """
 
-import gzip
-import json
 import re
-import sys
-import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from mala.cli import UserError
+from mala.storage.corpus_formats import DEFAULT, READERS, Reading, format_of, read_documents, say_once
+from mala.storage.files import read_json
 
 LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+SPLITS = {"train": "train", "dev": "dev", "validation": "dev", "valid": "dev", "val": "dev", "test": "test"}
 # `train.tsv`, `swh_Latn_test.jsonl.gz`, and the shards of a hub: `validation-00000-of-00001.parquet`
-SPLIT_FILE = re.compile(r"(?:.*_)?(train|dev|validation|test)(?:-\d+-of-\d+)?(?:\..*)?")
+SPLIT_NAME = re.compile(rf"(?:.*[_-])?({'|'.join(SPLITS)})(?:[_-]\d+)?(-of-\d+)?(-[0-9a-f]{{16}})?(\..*)?")
+# What lies beside corpus files and holds no documents.
+BESIDE = re.compile(r"[._].*|(README|LICENSE).*|.*\.(crc|lock)|(state|dataset_(info|infos|dict))\.json")
+OTHER = f"no format of a corpus, which are {' '.join(READERS)}, of text with .gz, too"
+Files = dict[Path, str | None]  # the files of a language: of which split each is
 progress = partial(tqdm, unit="language", leave=False, disable=None)
 
 
 class Documents:
-    """A part of the documents in some files, read anew on every pass, so they may be larger than memory.
-    part: takes how many there are, returns where the part begins and ends, as in a slice. counts: file -> how
-    many it holds, if that is known already; it is filled on the way."""
+    """A part of the documents in some files of a corpus, read anew on every pass, so they may be larger than
+    memory. part: takes how many there are, returns where the part begins and ends, as in a slice."""
 
-    def __init__(self, files: list[Path], part: Callable[[int], tuple[int, int]], counts: dict[Path, int]):
-        self.files, self.part, self.counts = files, part, counts
+    def __init__(self, corpus: "Corpus", files: list[Path], part: Callable[[int], tuple[int, int]]):
+        self.files, self.part, self.counts, self.reading = files, part, corpus.counts, corpus.reading
 
     def bounds(self) -> tuple[int, int]:
         for file in self.files:
             if file not in self.counts:
-                self.counts[file] = sum(1 for _ in read_documents(file))
+                self.counts[file] = sum(1 for _ in read_documents(file, self.reading))
         return self.part(sum(self.counts[file] for file in self.files))
 
     def __len__(self) -> int:
         return len(range(*self.bounds()))
 
     def __iter__(self) -> Iterator[str]:
-        return islice(chain.from_iterable(read_documents(file) for file in self.files), *self.bounds())
+        texts = (read_documents(file, self.reading) for file in self.files)
+        return islice(chain.from_iterable(texts), *self.bounds())
 
 
 class Corpus:
-    """The documents of a corpus folder, by language and split. If a language has no split files, the last
-    `held_out` share of its documents, at most `max_held_out` of them, is its test split, the rest its train
-    split; a share of 1 makes all of it the test split. `languages` narrows the corpus."""
+    """The documents of a corpus folder, by language and split. If a language has no split but train, or none
+    at all, the last `held_out` share of its documents, at most `max_held_out` of them, is its test split, the
+    rest its train split; a share of 1 makes all of it the test split. `languages` narrows the corpus."""
 
     def __init__(
-        self, root: str | Path, languages: Sequence[str] = (), held_out: float = 0.2, max_held_out: int = 1000
+        self,
+        root: str | Path,
+        languages: Sequence[str] = (),
+        held_out: float = 0.2,
+        max_held_out: int = 1000,
+        reading: Reading = DEFAULT,
     ):
-        self.root, self.held_out, self.max_held_out = Path(root), held_out, max_held_out
+        self.held_out, self.max_held_out, self.reading = held_out, max_held_out, reading
         if not 0 <= held_out <= 1:
             raise UserError(f"the held-out share is {held_out}, expected a number from 0 to 1")
+        self.root = _folder_of_languages(Path(root))
         files = _find_files(self.root)
         self.languages = check_languages(self.root, list(files), languages)
-        self.files = {language: files[language] for language in self.languages}
+        self.files: dict[str, Files] = {language: files[language] for language in self.languages}
         self.counts: dict[Path, int] = {}  # documents of each file, counted when they are first asked for
+        self._say_what_is_test()
+
+    @classmethod
+    def from_settings(cls, settings: Any, data: Path | None = None) -> "Corpus":
+        """The corpus that a command's settings describe. data: instead of theirs."""
+        reading = Reading(settings.text_field, settings.skip_bad_lines)
+        languages, most = getattr(settings, "langs", ()), getattr(settings, "max_held_out", 1000)
+        return cls(data or settings.data, languages, settings.held_out, most, reading)
 
     def documents(self, language: str, split: str) -> Documents:
         """The documents of one language in one split ("train", "dev", "test"), maybe none."""
         files = self.files[language]
-        splits = [_split_of(file) for file in files]
-        if not any(splits):
-            return Documents(files, partial(self._part, split), self.counts)
-        if not all(splits):
-            odd = files[splits.index(None)]
+        splits = set(files.values())
+        if None in splits and len(splits) > 1:
+            odd = next(file for file, its_split in files.items() if its_split is None)
             raise UserError(f"{odd}: of no split, unlike files beside it; expected all or none of some split")
-        of_split = [file for file, its_split in zip(files, splits) if its_split == split]
-        return Documents(of_split, lambda total: (0, total), self.counts)
+        if splits <= {None, "train"}:
+            return Documents(self, list(files), partial(self._part, split))
+        wanted = split if split in splits or split != "test" else "dev"
+        of_split = [file for file, its_split in files.items() if its_split == wanted]
+        return Documents(self, of_split, lambda total: (0, total))
 
     def _part(self, split: str, total: int) -> tuple[int, int]:
         """Where a split begins and ends among `total` documents that no file name splits."""
         held_out = total if self.held_out == 1 else min(int(total * self.held_out), self.max_held_out)
         return {"train": (0, total - held_out), "dev": (0, 0), "test": (total - held_out, total)}[split]
+
+    def _say_what_is_test(self) -> None:
+        lacking = defaultdict(list)
+        for language, files in self.files.items():
+            is_train = "dev" not in files.values()
+            if not {"test", None} & set(files.values()) and (self.held_out or not is_train):
+                instead = f"the last {self.held_out:.0%} of train" if is_train else "the validation split"
+                lacking[instead].append(language)
+        for instead, languages in lacking.items():
+            say_once(f"{self.root}: no test split in {some(languages)}: {instead} serves as test")
 
     def stream(self, split: str) -> dict[str, Documents]:
         """language -> documents, for every language that has some. Raises UserError if none has."""
@@ -120,114 +156,101 @@ def language_shares(documents: list[int], alpha: float) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _find_files(root: Path) -> dict[str, list[Path]]:
-    """language -> its files, both in order of name; other entries are named on stderr and skipped."""
+def _folder_of_languages(root: Path) -> Path:
+    """The folder itself, or the one below it that holds the languages: FineWeb-2's data/, GlotCC's v1.0/."""
+    expected = "expected a corpus with one entry per language"
     if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder; expected a corpus with one entry per language")
-    found, skipped = {}, []
+        raise UserError(f"{root}: {'a file' if root.exists() else 'there is no such folder'}; {expected}")
+    if any(map(_language_of, _visible(root))):
+        return root
+    if _language_of(root.resolve()) and _files_of(root, None, defaultdict(list)):
+        remedy = f"name the folder above it, with --langs {_language_of(root.resolve())}"
+        raise UserError(f"{root}: one language's folder, {expected}; {remedy}")
+    folders = [entry for entry in _visible(root) if entry.is_dir()]
+    inner = [folder for folder in folders if any(map(_language_of, _visible(folder)))]
+    if len(inner) > 1:
+        names = some([folder.name for folder in inner])
+        raise UserError(f"{root}: the folders {names} hold languages, expected one such; name one of them")
+    return inner[0] if inner else root
+
+
+def _find_files(root: Path) -> dict[str, Files]:
+    """language -> its files, both in order of name. What else is there is named on stderr and skipped."""
+    found, skipped = {}, defaultdict(list)  # the latter: why -> what
     for entry in _visible(root):
-        language = entry.name.split(".")[0]
-        files = _visible(entry) if entry.is_dir() else [entry]
-        files = [file for file in files if _format_of(file) in READERS]
-        if not LANGUAGE.fullmatch(language) or not files:
-            skipped.append(entry.name)
-        elif language in found:
-            raise UserError(f"{root}: {language} has two entries, the second is {entry.name}; expected one")
-        else:
+        language = _language_of(entry)
+        if not language:
+            skipped["no language's name, such as swh_Latn"].append(entry)
+        elif files := _files_of(entry, None, skipped):
+            if language in found:
+                second = f"{language} has two entries, the second is {entry.name}"
+                raise UserError(f"{root}: {second}; expected one")
             found[language] = files
-    if skipped:
-        print(f"{root}: skipped {some(skipped)}: no language's name, or no corpus file", file=sys.stderr)
+    said = []
+    for why, entries in skipped.items():
+        said.append(f"skipped {some([str(entry.relative_to(root)) for entry in entries])}: {why}")
     if not found:
-        raise UserError(f"{root}: no corpus; expected entries such as swh_Latn.txt or swh_Latn/")
+        expected = "expected entries such as swh_Latn.txt or swh_Latn/"
+        raise UserError("; ".join([f"{root}: no corpus", *said, expected]))
+    for line in said:
+        say_once(f"{root}: {line}")
     return found
 
 
-def _visible(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "README")))
-
-
-def _format_of(file: Path) -> str:
-    return Path(file.name.removesuffix(".gz")).suffix
-
-
-def _split_of(file: Path) -> str | None:
-    found = SPLIT_FILE.fullmatch(file.name)
-    return found and {"validation": "dev"}.get(found[1], found[1])
-
-
-def read_documents(file: Path) -> Iterator[str]:
-    """The documents of one corpus file, blank ones left out. Raises UserError with the file and the line."""
-    read = READERS.get(_format_of(file), READERS[".txt"])
-    return (text for text in read(file) if text.strip())
-
-
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of every line that is not blank, of a UTF-8 file, plain or `.gz`."""
-    with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
-        try:
-            for number, raw in enumerate(lines, 1):  # bytes: only \n ends a line, not U+2028 and its like
-                line = raw.decode().rstrip("\r\n")
-                line = line.removeprefix("\ufeff") if number == 1 else line
-                if line.strip():
-                    yield number, line
-        except UnicodeDecodeError as error:
-            where = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-            raise UserError(f"{file}: line {number} is not UTF-8 ({where}); convert it with iconv") from None
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{file}: damaged gzip file ({error}); download it again") from None
-
-
-def _read_jsonl(file: Path) -> Iterator[str]:
-    for number, line in read_lines(file):
-        try:
-            text = json.loads(line)["text"]
-            text.encode()  # half a surrogate pair, "\ud800", is JSON but no text
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{file}: line {number} is not a JSON object with a string "text"') from None
-        yield text
-
-
-def read_tsv(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, its three columns) of a benchmark's file. Quotes are text, as is a tab in the third."""
-    for number, line in read_lines(file):
-        cells = line.split("\t", 2)
-        if len(cells) != 3:
-            raise UserError(f"{file}: line {number} has {len(cells)} columns, expected 3 (id, label, text)")
-        yield number, cells
-
-
-def _read_benchmark(file: Path) -> Iterator[str]:
-    """The text of SIB-200's rows (header `index_id category text`) or Taxi1500's (no header)."""
-    for number, cells in read_tsv(file):
-        if number > 1 or cells != ["index_id", "category", "text"]:
-            yield cells[2]
-
-
-def _read_arrow(file: Path) -> Iterator[str]:
-    """The column `text` of a Parquet file or an Arrow stream (how `datasets` saves, Glot500-c among them)."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError:
-        raise UserError(f"{file}: reading .parquet and .arrow takes pyarrow: pip install pyarrow") from None
-    try:
-        if file.suffix == ".parquet":
-            batches = pq.ParquetFile(file).iter_batches(columns=["text"])
+def _files_of(entry: Path, split: str | None, skipped: dict[str, list[Path]]) -> Files:
+    """The corpus files of a language's entry, or of a folder within it that is named for a split."""
+    if not entry.is_dir():
+        if format_of(entry) in READERS:
+            return {entry: split or _split_of(entry.name)}
+        skipped[OTHER].append(entry)
+        return {}
+    if shards := _named_shards(entry):
+        return {entry / name: split or _split_of(name) for name in shards}
+    files, inside = {}, _visible(entry)
+    if not inside:
+        skipped["a folder without a corpus file"].append(entry)
+    for one in inside:
+        of_folder = _split_of(one.name) if one.is_dir() else None
+        if one.is_dir() and (split or not of_folder):
+            skipped["files are read from <language>/ and <language>/<split>/ only"].append(one)
         else:
-            batches = pa.ipc.open_stream(pa.memory_map(str(file)))
-        for batch in batches:
-            column = batch.column("text")
-            if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-                raise KeyError(f"text is {column.type}, expected string")
-            yield from (text for text in column.to_pylist() if text is not None)
-    except (pa.ArrowException, KeyError, OSError) as error:
-        raise UserError(f"{file}: not a table with a column 'text' ({error})") from None
+            files |= _files_of(one, split or of_folder, skipped)
+    return files
 
 
-READERS = {  # a format of corpus files: how its documents are read
-    ".txt": lambda file: (line for _, line in read_lines(file)),
-    ".jsonl": _read_jsonl,
-    ".tsv": _read_benchmark,
-    ".parquet": _read_arrow,
-    ".arrow": _read_arrow,
-}
+def _named_shards(folder: Path) -> list[str]:
+    """The Arrow files that belong to what `datasets` left in a folder, others there are stale: `save_to_disk`
+    names them in state.json; from the dataset_info.json of its cache their names follow."""
+    state, info = folder / "state.json", folder / "dataset_info.json"
+    names, source = [], state if state.exists() else info
+    try:
+        if state.exists():
+            names = [shard["filename"] for shard in read_json(state).get("_data_files") or ()]
+        elif info.exists():
+            for split, about in (read_json(info).get("splits") or {}).items():
+                stem, count = f"{about.get('dataset_name')}-{split}", len(about.get("shard_lengths") or ())
+                names += [f"{stem}-{i:05}-of-{count:05}.arrow" for i in range(count)] or [f"{stem}.arrow"]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{source}: names no shards as `datasets` does; download it again") from None
+    there = [name for name in names if (folder / name).exists()]
+    if source == info and not there:
+        return []  # this file lies beside other formats, too
+    if missing := [name for name in names if name not in there]:
+        named = f"there is no such file, which {source.name} beside it names"
+        raise UserError(f"{folder / missing[0]}: {named}; download it again")
+    return names
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not BESIDE.fullmatch(entry.name))
+
+
+def _language_of(entry: Path) -> str | None:
+    """`swh_Latn.txt`, `swh-Latn/` -> `swh_Latn`."""
+    name = entry.name.split(".")[0].replace("-", "_")
+    return name if LANGUAGE.fullmatch(name) else None
+
+
+def _split_of(name: str) -> str | None:
+    found = SPLIT_NAME.fullmatch(name)
+    return SPLITS[found[1]] if found else None

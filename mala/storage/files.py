@@ -98,6 +98,13 @@ def read_json(path: Path, expected: str = "a model or adapter folder as the hub 
     return value
 
 
+def refuse_pointer(file: Path) -> None:
+    """Raise UserError if Git LFS, which was not asked for the content, left a pointer in a file's place."""
+    with open(file, "rb") as opened:
+        if opened.read(30).startswith(b"version https://git-lfs"):
+            raise UserError(f"{file}: a Git LFS pointer, expected the file itself; run `git lfs pull`")
+
+
 def lock(folder: Path, wait: bool = False) -> IO:
     """Lock a folder until the returned file is closed, at the latest when the process ends, in whatever way.
     If another process holds the lock, wait or raise UserError. A system without flock locks nothing."""

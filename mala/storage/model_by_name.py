@@ -10,6 +10,7 @@ from mala.cli import UserError, option
 from mala.model import Llama
 from mala.storage.files import read_json
 from mala.storage.peft_adapter import load_adapter
+from mala.storage.tokenizer_files import holds_tokenizer
 from mala.words.tokenizer import Tokenizer, load_tokenizer
 
 DEMO_RUN = Path("out/demo")  # what `python train.py` leaves
@@ -35,7 +36,7 @@ def find_folder(name: str, with_weights: bool = True) -> Path:
         import huggingface_hub
     except ModuleNotFoundError:
         raise UserError(f"{name}: no such folder; to ask the hub: pip install huggingface_hub") from None
-    files = ["*.json", "tokenizer.model"]
+    files = ["*.json", "*.jinja", "tokenizer.model"]
     if with_weights:  # the only pickle is that of PEFT's first adapters, see read_bin
         files += ["model*.safetensors", "adapter_model.safetensors", "adapter_model.bin"]
     try:
@@ -77,7 +78,7 @@ def load_model(base: Path, adapter: Path | None, dtype: torch.dtype, device: str
     model = Llama.from_pretrained(base, dtype, device)
     if adapter is not None:
         load_adapter(model, adapter)
-        if any((adapter / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        if holds_tokenizer(adapter):
             base = adapter
     tokenizer = load_tokenizer(base)
     tokenizer.check_fits(model.config.vocab_size)

@@ -2,7 +2,6 @@
 load in PEFT and PEFT's load here, MaLA-500's published one among them."""
 
 import re
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from mala.lora import LoRAConfig, LoRALinear, add_lora, has_adapter, merge_lora,
 from mala.model import Llama, LlamaConfig
 from mala.storage.adapter_config import SAVEABLE, read_adapter_config
 from mala.storage.files import atomic_directory, read_json, write_json
-from mala.storage.weights import Tensors, copy_companions, read_bin, read_tensors, write_tensors
+from mala.storage.tokenizer_files import copy_companions, copy_tokenizer, holds_tokenizer
+from mala.storage.weights import Tensors, read_bin, read_tensors, write_tensors
 
 PREFIX = "base_model.model."  # what PEFT puts before a module's own name
 EMBED_TOKENS, LM_HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"  # of SAVEABLE
@@ -67,6 +67,8 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
         rows = max(rows, *whole["embed_tokens"].shape[:1])
     if whole:
         is_tied = is_tied and len(whole) == 2 and torch.equal(*whole.values())
+    if is_tied and config.modules_to_save:  # with PEFT's ensure_weight_tying one name stands for both
+        config = replace(config, modules_to_save=SAVEABLE)
     fitted = replace(model.config, vocab_size=rows, tie_word_embeddings=is_tied)
     _check_fits(fitted, config, saved, file, tensors)
 
@@ -125,18 +127,19 @@ def _read_adapter(directory: Path) -> tuple[Path, Tensors]:
 
 
 def merge_checkpoint(base: Path, adapter: Path, out: Path) -> None:
-    """Write a plain checkpoint of `base` with `adapter` merged into it, in the base's dtype. The base's other
-    files come along, but the adapter's tokenizer, if it has one. Raises UserError if `out` exists, if the
-    adapter has more rows than the base but no tokenizer, and as `load_adapter` does."""
-    tokenizer = adapter / "tokenizer.model"
+    """Write a plain checkpoint of `base` with `adapter` merged into it, in the base's dtype, with the base's
+    other files. The tokenizer is the adapter's if it brings one, else the base's. Raises UserError if `out`
+    exists, if the adapter has more rows than the base but no tokenizer, and as `load_adapter` does."""
     with atomic_directory(out) as temporary:
         model = Llama.from_pretrained(base)
         dtype, rows = model.lm_head.weight.dtype, model.config.vocab_size
         load_adapter(model, adapter)
         config = model.config
-        if config.vocab_size > rows and not tokenizer.exists():
+        if config.vocab_size > rows and not holds_tokenizer(adapter):
             found = f"the adapter has {config.vocab_size:,} rows and its base {rows:,}"
-            raise UserError(f"{adapter}: there is no tokenizer.model, but {found}; add that of its training")
+            raise UserError(f"{adapter}: there is no tokenizer, but {found}; add that of its training")
+        copy_companions(base, temporary)
+        copy_tokenizer(adapter if holds_tokenizer(adapter) else base, temporary, config.vocab_size)
         merge_lora(model)
         for module in saved_modules(model, SAVEABLE).values():
             module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
@@ -145,9 +148,6 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path) -> None:
             if not parameter.isfinite().all():
                 raise UserError(f"{base} + {adapter}: {name} holds NaN or infinity, expected numbers")
         model.save_pretrained(temporary)
-        copy_companions(base, temporary, with_vocabulary=not tokenizer.exists())
-        if tokenizer.exists():
-            shutil.copyfile(tokenizer, temporary / "tokenizer.model")
         # The base's own file, with what transformers keeps there and this code does not need.
         own = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
         write_json(temporary / "config.json", {**read_json(base / "config.json"), **own})

@@ -5,7 +5,6 @@
 """
 
 import json
-import shutil
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -16,15 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mala.cli import UserError
-from mala.storage.files import COPY_BYTES, atomic_path, read_json, write_json
+from mala.storage.files import COPY_BYTES, atomic_path, read_json, refuse_pointer, write_json
 
 Tensors = dict[str, Tensor]  # by name
 Device = torch.device | str
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 1000**3  # as transformers cuts
-# What does not go with a checkpoint of other weights or pieces: weights in other formats, the old pieces.
+# Weights in other formats, which do not go with a checkpoint of other weights.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-VOCABULARY = ("tokenizer.model", "tokenizer.json", "added_tokens.json")
 
 
 def read_tensors(file: Path, only: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -39,7 +37,7 @@ def read_tensors(file: Path, only: Collection[str] = ()) -> Iterator[tuple[str, 
     except OSError as error:  # a folder of that name, say
         raise UserError(f"{file}: cannot be read ({error})") from None
     except SafetensorError as error:
-        raise UserError(f"{file}: truncated or not a safetensors file ({error}); download it again") from None
+        raise damaged(file, f"truncated or not a safetensors file ({error})") from None
 
 
 def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -48,10 +46,16 @@ def read_bin(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception:  # on bytes that are no pickle its unpickler fails in many ways
-        raise UserError(f"{file}: truncated, or it holds more than tensors; download it again") from None
+        raise damaged(file, "truncated, or it holds more than tensors") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{file}: found a {type(tensors).__name__}, expected a dict of tensors")
     yield from tensors.items()
+
+
+def damaged(file: Path, found: str) -> UserError:
+    """What to say of a file that holds no tensors."""
+    refuse_pointer(file)
+    return UserError(f"{file}: {found}; download it again")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -66,13 +70,20 @@ def weight_files(directory: Path) -> list[Path]:
     for shard in shards:
         if Path(shard).name != shard:
             raise UserError(f"{index}: names the file {shard!r}, expected one in the same folder")
+        if not (directory / shard).exists():
+            raise UserError(f"{directory / shard}: there is no such file, but {INDEX} names it; download it")
     return [directory / shard for shard in shards]
 
 
 def read_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of a model folder."""
+    """Every (name, tensor) of a model folder. Raises UserError for a tensor that lies in two of its files."""
+    places: dict[str, str] = {}
     for file in weight_files(directory):
-        yield from read_tensors(file)
+        for name, tensor in read_tensors(file):
+            if name in places:
+                raise UserError(f"{file}: holds {name!r}, as {places[name]} does; download both again")
+            places[name] = file.name
+            yield name, tensor
 
 
 def load_weights(model: nn.Module, directory: Path, dtype: torch.dtype | None, device: Device) -> None:
@@ -129,14 +140,6 @@ def rewrite_tensors(source: Path, target: Path, changed: Tensors) -> None:
                 new.write(old.read(min(left, COPY_BYTES)))
 
 
-def copy_companions(source: Path, target: Path, with_vocabulary: bool) -> None:
-    """Copy the small files beside the weights of a model folder: generation_config.json, the licence, ..."""
-    for file in sorted(source.iterdir()):
-        is_weights = file.suffix in OTHER_WEIGHTS or file.name == INDEX
-        if file.is_file() and not is_weights and (with_vocabulary or file.name not in VOCABULARY):
-            shutil.copyfile(file, target / file.name)
-
-
 def write_weights(directory: Path, tensors: Tensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` and their index, in this order."""
     shards, room = [{}], max_shard_bytes
@@ -154,11 +157,18 @@ def write_weights(directory: Path, tensors: Tensors, max_shard_bytes: int = MAX_
     for file, shard in files.items():
         write_tensors(directory / file, shard)
     if count > 1:  # last: an index names no shard that is not there
-        weight_map = {name: file for file, shard in files.items() for name in shard}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_index(directory, [directory / file for file in files])
     for file in {*directory.glob("model*.safetensors")} - {directory / name for name in files}:
         file.unlink()  # of an earlier checkpoint, cut otherwise
+
+
+def write_index(directory: Path, shards: list[Path]) -> None:
+    """Write which shard each tensor lies in, from the shards themselves."""
+    found = [(file.name, name, tensor) for file in shards for name, tensor in read_tensors(file)]
+    totals = {"total_size": sum(tensor.nbytes for *_, tensor in found)}
+    totals["total_parameters"] = sum(tensor.numel() for *_, tensor in found)
+    weight_map = {name: file for file, name, _ in found}
+    write_json(directory / INDEX, {"metadata": totals, "weight_map": weight_map})
 
 
 def write_tensors(file: Path, tensors: Tensors) -> None:

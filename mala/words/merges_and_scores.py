@@ -12,6 +12,7 @@ happen in the same order, and then the new one; no later piece has anything left
 """
 
 import heapq
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -29,14 +30,45 @@ MAX_FRAGMENT = 64  # symbols
 Scores = dict[str, float]  # piece -> score; the higher is merged first
 
 
-def merge(base: Tokenizer, new: Tokenizer) -> bytes:
-    """`merge --method union`: the base's model, then each piece of `new` that it lacks, with its score.
-    Control, unknown and byte pieces of `new` are left out: they stay the base's. This is MaLA-500's way, and
-    leaves pieces that no text produces. Raises UserError if one of the two is no BPE model."""
+def merge(base: Tokenizer, new: Tokenizer, published: bool = False) -> bytes:
+    """`merge --method union`: the base's model, then each piece of `new` that it lacks, with its score. This
+    is MaLA-500's way, and leaves pieces that no text produces. Raises UserError if one is no BPE model.
+
+    - Control, unknown and byte pieces of `new` are left out: they stay the base's. So are
+      user-defined symbols and unused pieces, and what the base's normaliser changes: no text holds it.
+    - No new piece has the score of another, which readers would rank differently, unless it is `published`.
+    """
     base.check_bpe()
     new.check_bpe()
     known = set(base.pieces)
-    return append_pieces(base, {piece: score for piece, score in new.scores().items() if piece not in known})
+    scores = {piece: score for piece, score in new.scores().items() if piece not in known}
+    symbols = {piece for piece, kind in zip(new.pieces, new.types) if kind in (4, 5)}
+    normal = base.normalise([piece.replace(WORD_START, " ") for piece in scores])
+    changed = {piece for piece, text in zip(scores, normal) if piece != text}
+    reasons = {"user-defined or unused": symbols - known, f"{base.name} normalises them away": changed}
+    for reason, pieces in reasons.items():
+        if pieces:
+            some = ", ".join(map(repr, sorted(pieces)[:3]))
+            print(f"{new.name}: left out {len(pieces):,} pieces, {reason}: {some}", file=sys.stderr)
+    scores = {piece: score for piece, score in scores.items() if piece not in symbols | changed}
+    return append_pieces(base, scores if published else distinct(scores, set(base.scores().values())))
+
+
+def distinct(scores: Scores, taken: set[float]) -> Scores:
+    """The scores, each a little lower where it was `taken`, so that the order of unequal ones stays."""
+    found: Scores = {}
+    for piece, score in scores.items():
+        score = np.float32(score)
+        while float(score) in taken:
+            score = lower(score, np.float32(2**-10))
+        taken.add(float(score))
+        found[piece] = float(score)
+    return found
+
+
+def lower(score: np.float32, step: np.float32) -> np.float32:
+    """Trap: LLaMA 2 scores its runs of spaces -1e9, where float32 goes in steps of 64: -1e9 - 1 is -1e9."""
+    return min(score - step, np.nextafter(score, np.float32(-np.inf)))
 
 
 def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
@@ -46,16 +78,20 @@ def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
     base.check_bpe()
     if len(base.byte_ids) < 256:
         raise UserError(f"{base.name}: has no byte pieces, expected 256, for characters that are no pieces")
-    counts = {WORD_START + word: count for word, count in words.items()}
-    known = base.scores()
-    symbols = {word: _symbols(base, word, ids) for word, ids in zip(counts, base.segment(list(counts)))}
+    counts: Counter[str] = Counter()
+    for text, count in zip(base.normalise(list(words)), words.values()):
+        for word in text.split(WORD_START):  # a normaliser may make spaces of characters
+            counts[WORD_START + word] += count if word else 0
+    known, symbols = base.scores(), {}
+    for word, ids in zip(counts, base.segment(list(counts))):
+        if all(base.types[id] != 4 for id in ids):  # user-defined symbols are cut out: nothing merges there
+            symbols[word] = _symbols(base, word, ids)
     pieces = learn_pieces(counts, symbols, known, size)
     if (found := len(pieces)) < size:
         raise UserError(f"cannot learn {size} pieces from this corpus: it yields {found}; ask for as many")
     score, scores = np.float32(min(known.values())), {}
     for piece in pieces:
-        # Trap: LLaMA 2 scores its runs of spaces -1e9, where float32 goes in steps of 64: -1e9 - 1 is -1e9.
-        score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
+        score = lower(score, np.float32(1))
         scores[piece] = float(score)
     return append_pieces(base, scores)
 
@@ -70,7 +106,7 @@ def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
         symbols += pieces
     if "".join(symbols) != word:
         found = f"reads {word!r} as {''.join(symbols)!r}"
-        raise UserError(f"{base.name}: {found}; continue takes a base that does not normalise")
+        raise UserError(f"{base.name}: {found}; expected the word again, from pieces and bytes")
     return symbols
 
 
@@ -85,9 +121,9 @@ def learn_pieces(words: dict[str, int], symbols: dict[str, list[str]], known: Sc
     fragments of words that a new piece changes (Sennrich et al., arXiv 1508.07909).
     """
     counts: Counter[tuple[str, ...]] = Counter()
-    for word, count in words.items():
-        for fragment in _fragments(symbols[word]):
-            counts[fragment] += count
+    for word, parts in symbols.items():
+        for fragment in _fragments(parts):
+            counts[fragment] += words[word]
     fragments: list[Sequence[str]] = list(counts)
     times, scores, lowest = list(counts.values()), dict(known), min(known.values())
     savings: defaultdict[str, int] = defaultdict(int)  # candidate -> the tokens that it would save

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from mala.cli import UserError
 from mala.model import Llama, LlamaConfig
 from mala.storage.files import atomic_directory, read_json, write_json
-from mala.storage.weights import INDEX, WEIGHTS, copy_companions, read_tensors, rewrite_tensors, weight_files
+from mala.storage.tokenizer_files import added_tokens, copy_companions, copy_tokenizer
+from mala.storage.weights import WEIGHTS, read_tensors, rewrite_tensors, weight_files, write_index
 from mala.words.tokenizer import Tokenizer
 
 MATRICES = EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -187,15 +188,14 @@ def extend_checkpoint(
     `fit` runs the model: it is loaded, on `device` in `dtype`, and its two matrices are then written as those
     of the others. Raises UserError if `out` exists, if `source` is no such checkpoint, and as `extend_model`.
     """
-    config, base = LlamaConfig.from_pretrained(source), Tokenizer.from_pretrained(source)
-    shards = weight_files(source)
-    check_added_tokens(source, base)
+    config = Llama.from_pretrained(source, device="meta").config  # refuses weights that are not the config's
+    base, shards = Tokenizer.from_pretrained(source), weight_files(source)
+    added_tokens(source, len(base), rows=len(base))  # where the new pieces go
     with atomic_directory(out) as temporary:
         segments = segment_new(config, base, merged)
         if not segments:
             raise UserError(f"{merged.name}: adds no piece to {base.name}; nothing to extend")
         found = {name: old for file in shards for name, old in read_tensors(file, MATRICES)}
-        check_matrices(source, config, found)
         fitted = {}
         if INITS[init].fit:
             model = Llama.from_pretrained(source, dtype, device)
@@ -210,7 +210,8 @@ def extend_checkpoint(
             std = config.initializer_range
             return extended_matrix(found[name], len(base), segments, init, std, seed, name == LM_HEAD)
 
-        copy_companions(source, temporary, with_vocabulary=False)
+        copy_companions(source, temporary)
+        copy_tokenizer(source, temporary, len(merged), merged)
         for file in tqdm(shards, desc="copying", unit="file", leave=False, disable=None):
             names, target = [name for name, _ in read_tensors(file, MATRICES)], temporary / file.name
             if names:  # the new matrices have no name here: they are gone before the next shard's are made
@@ -218,42 +219,6 @@ def extend_checkpoint(
             else:
                 shutil.copyfile(file, target)
         if shards != [source / WEIGHTS]:
-            write_index(source, temporary, found.values(), len(merged))
+            write_index(temporary, [temporary / file.name for file in shards])
         changed = {**read_json(source / "config.json"), "vocab_size": len(merged)}
         write_json(temporary / "config.json", changed)
-        (temporary / "tokenizer.model").write_bytes(merged.model)
-
-
-def check_matrices(source: Path, config: LlamaConfig, found: dict[str, Tensor]) -> None:
-    """Raise UserError if a matrix is not among those `found`, or not of the shape that `config` says."""
-    shape = (config.vocab_size, config.hidden_size)
-    for name in MATRICES[: 1 if config.tie_word_embeddings else 2]:
-        old = found.get(name)
-        if old is None or old.shape != shape or not old.is_floating_point():
-            state = "missing" if old is None else f"{old.dtype} {tuple(old.shape)}"
-            raise UserError(f"{source}: {name} is {state}, expected floating point {shape} by config.json")
-
-
-def check_added_tokens(source: Path, base: Tokenizer) -> None:
-    """Raise UserError if transformers' files name tokens after those of `base`: their ids are taken now."""
-    files = [source / "added_tokens.json", source / "tokenizer_config.json"]
-    added, settings = (read_json(file) if file.exists() else {} for file in files)
-    for file, ids in zip(files, (added.values(), settings.get("added_tokens_decoder") or {})):
-        beyond = [int(i) for i in ids if str(i).isdigit() and int(i) >= len(base)]
-        if beyond:
-            raise UserError(
-                f"{file}: adds token {min(beyond)} after the {len(base):,} of {base.name}, where the new "
-                "pieces go; take it out of this file if the model can do without it"
-            )
-
-
-def write_index(source: Path, target: Path, matrices: Iterable[Tensor], V: int) -> None:
-    """Copy the index of shards; the totals that it may hold are those of `matrices` with V rows."""
-    index = read_json(source / INDEX)
-    metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
-    for old in matrices:
-        more = (V - len(old)) * old.shape[1]
-        for key, added in (("total_parameters", more), ("total_size", more * old.itemsize)):
-            if isinstance(metadata.get(key), int | float):
-                metadata[key] += added
-    write_json(target / INDEX, index)

@@ -7,6 +7,7 @@ value. So pieces are added by appending bytes.
 """
 
 import json
+import re
 import struct
 from collections.abc import Iterator
 from functools import cached_property
@@ -19,6 +20,7 @@ from mala.cli import UserError
 
 WORD_START = "▁"  # how SentencePiece writes a space
 TRAINER_SPEC, NORMALIZER_SPEC = 2, 3  # fields of a ModelProto
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")  # a line: a token's bytes in base64, its rank
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # ModelType, field 3 of a TrainerSpec
 
 
@@ -35,6 +37,9 @@ class Tokenizer:
                 raise ValueError
             self.model_type = MODEL_TYPES[trainer_spec.get(3, 1)]
         except (RuntimeError, ValueError, TypeError, KeyError):
+            if TIKTOKEN.match(model):
+                found = "a tiktoken file, LLaMA 3's kind, expected a SentencePiece model"
+                raise UserError(f"{name}: {found}; put the model's tokenizer.json beside it") from None
             found = f"truncated or no SentencePiece model ({len(model):,} bytes)"
             raise UserError(f"{name}: {found}; download it again") from None
         self.bos_id: int = self.processor.bos_id()
@@ -61,10 +66,9 @@ class Tokenizer:
     def check_fits(self, vocab_size: int) -> None:
         """Raise UserError if a token of this tokenizer would have no row among a model's `vocab_size`."""
         if len(self) > vocab_size:
-            raise UserError(
-                f"{self.name}: {len(self):,} pieces, but the model has {vocab_size:,} rows; "
-                "use the model's own tokenizer, or extend the model: python -m mala.vocab extend"
-            )
+            found = f"{len(self):,} pieces, but the model has {vocab_size:,} rows"
+            remedy = "use the model's own tokenizer, or extend the model: python -m mala.vocab extend"
+            raise UserError(f"{self.name}: {found}; {remedy}")
 
     def check_extends(self, base: "Tokenizer") -> None:
         """Raise UserError if this tokenizer does not begin with all pieces of `base`, in order."""
@@ -83,17 +87,21 @@ class Tokenizer:
         except UnicodeDecodeError:
             raise UserError(f"{self.name}: damaged, a piece is not UTF-8; download it again") from None
 
+    @cached_property
+    def types(self) -> list[int]:
+        """Of each piece: NORMAL (1), UNKNOWN (2), CONTROL (3), USER_DEFINED (4), UNUSED (5) or BYTE (6)."""
+        pieces = (value for field, value in message_fields(self.model) if field == 1)
+        return [dict(message_fields(piece)).get(3, 1) for piece in pieces]
+
     def scores(self) -> dict[str, float]:
         """Piece -> score of all that text is made of: no control, unknown or byte pieces."""
-        model = self.processor
-        other = (model.is_control, model.is_unknown, model.is_byte)
-        ids = [i for i in range(len(self)) if not any(is_kind(i) for is_kind in other)]
-        return {self.pieces[i]: model.get_score(i) for i in ids}
+        kept = [id for id, kind in enumerate(self.types) if kind in (1, 4, 5)]
+        return {self.pieces[id]: self.processor.get_score(id) for id in kept}
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
         """The pieces `<0x00>` … `<0xFF>`, in which characters are spelt that are no pieces."""
-        return frozenset(i for i in range(len(self)) if self.processor.is_byte(i))
+        return frozenset(id for id, kind in enumerate(self.types) if kind == 6)
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Token ids of one text, after `<s>` if `bos`. "<s>" in a text is text, never the control token."""
@@ -104,7 +112,7 @@ class Tokenizer:
         return self.processor.encode(texts, add_bos=bos, num_threads=-1)
 
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
+        return self.processor.decode([id for id in ids if id < len(self)])  # a model may have more rows
 
     def splits_at_spaces(self) -> bool:
         """Whether the tokens of a text, its words one space apart, are the tokens of its words. So it is if a
@@ -114,21 +122,32 @@ class Tokenizer:
         normalizer = self.specification(NORMALIZER_SPEC)
         is_plain = not normalizer.get(2) and normalizer.get(3, 1) and normalizer.get(5, 1)
         # USER_DEFINED pieces (type 4) are cut out before BPE begins, wherever they stand.
-        pieces = (dict(message_fields(value)) for field, value in message_fields(self.model) if field == 1)
-        is_merged = self.model_type == "bpe" and all(piece.get(3) != 4 for piece in pieces)
+        is_merged = self.model_type == "bpe" and 4 not in self.types
         scores = self.scores()
         is_apart = not any(WORD_START in piece.lstrip(WORD_START) for piece in scores)
         is_known = WORD_START in scores or len(self.byte_ids) == 256
         return bool(is_plain and is_merged and is_apart and is_known)
 
     def segment(self, pieces: list[str]) -> list[list[int]]:
-        """The segmentation of each piece's own text, `▁` being the space that it stands for; never empty."""
-        # A piece may begin within a word and gets no word start: add_dummy_prefix (NormalizerSpec, 3) is 0.
-        bare = Tokenizer(self.model + b"\x1a\x02\x18\x00", self.name)
-        segments = bare.encode_batch([piece.replace(WORD_START, " ") for piece in pieces])
+        """The segmentation of each piece as a part of a text, `▁` being the space that it stands for. A piece
+        that the normaliser drops is segmented as it stands: none is empty."""
+        texts = [piece.replace(WORD_START, " ") for piece in pieces]
+        # A piece may begin within a word: its first space is the piece's own, none is put there nor removed.
+        as_part, as_it_stands = b"\x1a\x04\x18\x00\x20\x00", b"\x1a\x06\x18\x00\x20\x00\x12\x00"
+        segments = Tokenizer(self.model + as_part, self.name).encode_batch(texts)
         if not all(segments):
-            raise UserError(f"{self.name}: drops characters: a piece has no segmentation; LLaMA's drops none")
+            plain = Tokenizer(self.model + as_it_stands, self.name).encode_batch(texts)
+            segments = [segment or other for segment, other in zip(segments, plain)]
         return segments
+
+    def normalise(self, texts: list[str]) -> list[str]:
+        """What a text becomes before it is cut into pieces, spaces as `▁`, without a word start before it."""
+        normalizer = self.specification(NORMALIZER_SPEC)
+        if not normalizer.get(2) and not normalizer.get(4, 1):  # no charsmap, and all spaces stay
+            return [text.replace(" ", WORD_START) for text in texts]
+        # Between letters of a private area, which combine with nothing, for spaces at the ends to stay.
+        normal = self.processor.normalize([f"\ue000{text}\ue000" for text in texts])
+        return [text.partition("\ue000")[2].rpartition("\ue000")[0] for text in normal]
 
 
 class JsonTokenizer(Tokenizer):
@@ -163,10 +182,8 @@ class JsonTokenizer(Tokenizer):
             bos_id = self.fast.token_to_id(token) if isinstance(token, str) else token
             if type(bos_id) is int and 0 <= bos_id < len(self):
                 return bos_id
-        raise UserError(
-            f"{self.name}: no usable bos_token in tokenizer_config.json nor bos_token_id in config.json "
-            "beside it, and a document begins with one; add it"
-        )
+        found = "no usable bos_token in tokenizer_config.json nor bos_token_id in config.json beside it"
+        raise UserError(f"{self.name}: {found}, and a document begins with one; add it")
 
     def __len__(self) -> int:
         return 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
@@ -184,9 +201,18 @@ class JsonTokenizer(Tokenizer):
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The `tokenizer.model` of a folder, else its `tokenizer.json`. Raises UserError if it has neither."""
-    if not (folder / "tokenizer.model").exists() and (folder / "tokenizer.json").exists():
-        return JsonTokenizer(folder / "tokenizer.json")
+    file = folder / "tokenizer.json"
+    if file.exists() and not is_sentencepiece(folder / "tokenizer.model"):
+        return JsonTokenizer(file)
     return Tokenizer.from_pretrained(folder)
+
+
+def is_sentencepiece(file: Path) -> bool:
+    """Whether a file is there and begins as a ModelProto does; LLaMA 3's `tokenizer.model` does not."""
+    if not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        return opened.read(1) == b"\x0a"
 
 
 class WordPacker(dict):

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mala.benchmarks.results import bootstrap, mean, means_by, paired_p, tabulate, value_of, with_macro
+import numpy as np
+
+from mala.benchmarks.results import bootstrap, mean, means_by, row_blocks, value_of, with_macro
 from mala.cli import UserError
-from mala.storage.corpus import read_lines
+from mala.storage.corpus_formats import read_lines
 from mala.storage.files import read_json
+from tools.tables import tabulate
 
 SETTINGS = "data model adapter protocol shots seeds split limit dtype".split()  # that two runs may differ in
+FLIPS = 9999  # of a paired test
 
 
 def read_run(file: Path) -> tuple[dict[str, Any], dict[str, dict[tuple, float]]]:
@@ -62,6 +66,22 @@ def compare_runs(a: Path, b: Path, chosen: Callable, group_by: str | None = None
     result["differing_settings"] = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     result["left_out"] = sorted((in_a.keys() | in_b.keys()) - languages.keys())
     return result
+
+
+def paired_p(differences: list[float]) -> float:
+    """Two-sided p of a paired test: how often random signs give a mean difference as far from 0 as this one.
+    Fisher's randomisation test. If all differences are of one size, as those of right and wrong answers are,
+    it is McNemar's exact test and follows from binomials; else FLIPS random sign patterns stand for all."""
+    d = np.asarray([difference for difference in differences if difference])
+    n, fewer = len(d), min(np.count_nonzero(d > 0), np.count_nonzero(d < 0))
+    if not n:
+        return 1.0
+    if np.ptp(np.abs(d)) == 0:
+        return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    rng = np.random.default_rng(0)
+    far = abs(d.sum()) - 1e-9 * np.abs(d).sum()  # equal but for rounding counts as equal
+    sums = [(2.0 * rng.integers(2, size=(rows, n)) - 1) @ d for rows in row_blocks(FLIPS, n)]
+    return float((1 + np.count_nonzero(np.abs(np.concatenate(sums)) >= far)) / (1 + FLIPS))
 
 
 def _total(members: dict[str, dict], better: int) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mala.cli import UserError, print_table
+from mala.cli import UserError
 from mala.storage.corpus import script_of
 from mala.words.tokenizer import WORD_START, Tokenizer
+from tools.tables import print_table
 
 # Scripts whose words no space divides (ISO 15924): their unit of fertility is the character (code point).
 UNSPACED = set("Bali Hani Hans Hant Hira Java Jpan Kana Khmr Lana Laoo Mymr Thai Tibt Yiii".split())

@@ -1,0 +1,26 @@
+"""How many FLOPs a GPU does in a second, as its maker says."""
+
+import re
+
+# What `torch.cuda.get_device_name()` has in it -> FLOP/s in bfloat16 with float32 sums, as the maker
+# publishes them, without sparsity, which doubles the figures of most data sheets. V100 and T4 have no
+# bfloat16: theirs are float16.
+KNOWN_GPUS = {
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200 NVL": 835.5e12, "H200": 989e12,
+    "H100 NVL": 835.5e12, "H100 PCIe": 756e12, "H100": 989e12, "H800 PCIe": 756e12, "H800": 989e12,
+    "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A30": 165e12, "A10": 125e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 6000 Ada": 364e12, "RTX A6000": 154.8e12,
+    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+    "V100S": 130e12, "V100-SXM2": 125e12, "V100-PCIE": 112e12, "T4": 65e12,
+    "MI325X": 1307e12, "MI300X": 1307e12, "MI210": 181e12,
+    "MI250X": 191.5e12, "MI250": 181e12,  # half a card: PyTorch sees each of its two dies as a device
+}  # fmt: skip
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of the GPU that PyTorch calls `name`; None if it is not known."""
+    if re.search(r"\b(MIG|Laptop|Ti|D)\b", name):  # a slice, or another chip under nearly the same name
+        return None
+    # Whole words, since A10 is found in A100, too; the longest first, since H100 is found in H100 PCIe.
+    found = [known for known in KNOWN_GPUS if re.search(rf"\b{known}\b", name)]
+    return KNOWN_GPUS[max(found, key=len)] if found else None

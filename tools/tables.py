@@ -1,0 +1,101 @@
+"""The tables that commands print, most of them with a line a language."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mala.benchmarks.results import Figures, Languages, by_script
+
+Row = Sequence[str]
+MAX_ROWS = 40  # of a printed table
+
+
+def print_table(header: Row, rows: Sequence[Row], last: Sequence[Row] = ()) -> None:
+    """Print columns, the first aligned left, the others right; the middle of very many `rows` is left out."""
+    if len(rows) > MAX_ROWS:
+        hidden = [f"… {len(rows) - MAX_ROWS} more …", *[""] * (len(header) - 1)]
+        rows = [*rows[: MAX_ROWS // 2], hidden, *rows[-MAX_ROWS // 2 :]]
+    table = [header, *rows, *last]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *others in table:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
+        print("  ".join(cells))
+
+
+def print_nll(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """A table of languages, best first, and one line of summary."""
+    changes = {
+        language: after["languages"][language]["nll_per_document"] / was["nll_per_document"] - 1
+        for language, was in before["languages"].items()
+    }
+    rows = []
+    for language in sorted(changes, key=changes.get):
+        was, now = before["languages"][language], after["languages"][language]
+        nll = [f"{figures['nll_per_document']:.1f}" for figures in (was, now)]
+        bits = [f"{figures['bits_per_byte']:.2f}" for figures in (was, now)]
+        rows.append((language, str(was["documents"]), *nll, f"{changes[language]:+.1%}", *bits))
+    print_table(("language", "documents", "NLL before", "after", "change", "bits/byte before", "after"), rows)
+    (b, a), n = (before["macro"], after["macro"]), len(changes)
+    change = a["nll_per_document"] / b["nll_per_document"] - 1
+    print(
+        f"held-out NLL, nats a document, mean of {n} languages: {b['nll_per_document']:.1f} -> "
+        f"{a['nll_per_document']:.1f} ({change:+.1%}), bits per byte {b['bits_per_byte']:.2f} -> "
+        f"{a['bits_per_byte']:.2f}; improved: {sum(value < 0 for value in changes.values())} of {n}"
+    )
+
+
+def print_results(result: dict[str, Any]) -> None:
+    """The table, best languages first; how many of them are above the baseline; what seeds change."""
+    languages, total = result["languages"], result["macro"]
+    if "nll_per_document" in total:
+        tabulate(result, OF_DOCUMENTS, "nll_per_document")
+    else:
+        tabulate(result, OF_EXAMPLES, "accuracy", descending=True)
+        above = [one for one in languages.values() if one["accuracy"] > one["majority"]]
+        surely = sum(one["ci95"] is not None and one["ci95"][0] > one["majority"] for one in above)
+        count = f"{len(above)} of {len(languages)} languages, with their whole interval {surely}"
+        print(f"above the majority class: {count}")
+    if "seed_sd" in total:
+        by_seed = ", ".join(f"{seed}: {value:.3f}" for seed, value in total["accuracy_by_seed"].items())
+        print(f"macro-average by seed: {by_seed} (standard deviation {total['seed_sd']:.3f})")
+
+
+Columns = dict[str, tuple[str, str]]  # title -> a figure and its format
+OF_DOCUMENTS: Columns = {
+    "documents": ("documents", ","),
+    "NLL/document": ("nll_per_document", ".2f"),
+    "95% interval": ("ci95", ".1f"),
+    "NLL/token": ("nll_per_token", ".2f"),
+    "bits/byte": ("bits_per_byte", ".2f"),
+}
+OF_EXAMPLES: Columns = {
+    "examples": ("n", ","),
+    "accuracy": ("accuracy", ".3f"),
+    "95% interval": ("ci95", ".3f"),
+    "per character": ("accuracy_norm", ".3f"),
+    "majority": ("majority", ".3f"),
+    "uniform": ("uniform", ".3f"),
+}
+
+
+def tabulate(result: dict[str, Any], columns: Columns, key: str, descending: bool = False) -> None:
+    """A table of languages in order of the figure `key`, then of groups and the macro-average. An average has
+    no counts of its own: it shows the sums of its languages' counts."""
+
+    def row(name: str, figures: Figures, members: Languages) -> list[str]:
+        cells = [name]
+        for figure, form in columns.values():
+            value = figures[figure] if figure in figures else sum(one[figure] for one in members.values())
+            if isinstance(value, list):
+                cells.append(f"{value[0]:{form}} to {value[1]:{form}}")
+            elif value is None:
+                cells.append("")  # a single value has no interval
+            else:
+                cells.append("<0.001" if figure == "p" and value < 0.001 else f"{value:{form}}")
+        return cells
+
+    languages = result["languages"]
+    in_order = sorted(languages, key=lambda language: languages[language][key], reverse=descending)
+    rows = [row(language, languages[language], {}) for language in in_order]
+    groups = by_script(languages) if "groups" in result else []
+    last = [row(f"{name}, {len(group)} languages", result["groups"][name], group) for name, group in groups]
+    print_table(("language", *columns), rows, [*last, row("macro-average", result["macro"], languages)])
