@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 train.py --config ...          the same on eight GPUs
 
 The vocabulary is extended, LoRA is added to the attention, and it is trained together with the whole
-embeddings and head. The result is left in --out: adapter/ (PEFT's format, with its tokenizer.model), base/
+embeddings and head. The result is left in --out: adapter/ (PEFT's format, with its tokenizer), base/
 (the checkpoint with the extended vocabulary, which the adapter needs), nll.json (per language, on held-out
 text, before and after), metrics.jsonl and checkpoints/. A run that was killed goes on from its last
 checkpoint when the same command is given again.

@@ -29,9 +29,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from mala.cli import print_table, run  # noqa: E402
+from mala.cli import run  # noqa: E402
 from mala.cross_entropy import linear_cross_entropy  # noqa: E402
 from mala.storage.files import write_json  # noqa: E402
+from tools.tables import print_table  # noqa: E402
 
 # (N, D, V): MaLA-500's vocabulary on a small model, SmolLM2's and LLaMA 2's, LLaMA 3's, and MaLA-500 itself.
 CPU_SHAPES = [(1024, 256, 260164), (1024, 768, 32000), (1024, 512, 128256)]

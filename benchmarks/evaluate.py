@@ -25,10 +25,10 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from mala.benchmarks.tasks import SIB200  # noqa: E402
-from mala.cli import print_table  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
 from mala.scoring import encode_published, loglikelihoods  # noqa: E402
 from mala.words.tokenizer import Tokenizer  # noqa: E402
+from tools.tables import print_table  # noqa: E402
 
 SHAPE = LlamaConfig(
     vocab_size=49152,

@@ -21,12 +21,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from mala.cli import print_table, run  # noqa: E402
+from mala.cli import run  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
 from mala.storage.config_json import to_config_json  # noqa: E402
 from mala.storage.files import write_json  # noqa: E402
 from mala.storage.weights import INDEX, write_tensors  # noqa: E402
 from mala.words.tokenizer import Tokenizer  # noqa: E402
+from tools.tables import print_table  # noqa: E402
 
 SHARD_BYTES = 5 * 10**9
 CODE = {

@@ -17,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from mala.cli import print_table, run
+from mala.cli import run
 from mala.model import Llama
 from mala.scoring import nll_by_language
 from mala.storage.corpus import Corpus
 from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
 from mala.words.new_rows import INITS, extend_model
 from mala.words.tokenizer import Tokenizer
+from tools.tables import print_table
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--langs", default="")
     parser.add_argument("--size", type=int, default=8000, help="pieces to learn")
-    parser.add_argument("--method", choices=["union", "continue"], default="union")
+    parser.add_argument("--method", choices=["continue", "union"], default="continue")
     parser.add_argument("--documents", type=int, default=20, help="how many are measured, a language")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

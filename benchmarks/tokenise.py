@@ -23,10 +23,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import mala.data  # noqa: E402
-from mala.cli import UserError, print_table, run  # noqa: E402
+from mala.cli import UserError, run  # noqa: E402
 from mala.data import file_digests, open_streams, tokenise  # noqa: E402
 from mala.storage.corpus import Corpus  # noqa: E402
 from mala.words.tokenizer import Tokenizer  # noqa: E402
+from tools.tables import print_table  # noqa: E402
 
 
 def ours(corpus: Corpus, tokenizer: Path, folder: Path, processes: int) -> int:

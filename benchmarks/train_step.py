@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from mala.cli import print_table, run  # noqa: E402
+from mala.cli import run  # noqa: E402
 from mala.cross_entropy import IGNORE_INDEX  # noqa: E402
 from mala.lora import LoRAConfig, add_lora, trainable_parameters  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
@@ -36,6 +36,7 @@ from mala.running.flops import flops_per_token  # noqa: E402
 from mala.storage.files import write_json  # noqa: E402
 from mala.storage.peft_adapter import load_adapter, save_adapter  # noqa: E402
 from tools.gpus import peak_flops  # noqa: E402
+from tools.tables import print_table  # noqa: E402
 
 V = 260164
 SHAPES = {  # the model, sequences and tokens of a step

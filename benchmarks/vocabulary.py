@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mala.cli import print_table, run
+from mala.cli import run
 from mala.storage.corpus import Corpus
 from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
 from mala.words.tokenizer import Tokenizer
 from tools.fertility import fertility_report
+from tools.tables import print_table
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The house itself: imports run downward, files stay short, one way to fail and one way to write."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def parse(file: Path) -> ast.Module:
 def test_the_map_shows_every_file_once():
     shown = [file for row in house_map() for file in row]
     assert sorted(shown) == sorted(names)
+
+
+@pytest.mark.parametrize("file", [*TOOLS, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=name_of)
+def test_what_is_imported_is_there(file):
+    """In scripts that no test runs, too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("mala", "tools")):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
 @pytest.mark.parametrize("file", FILES, ids=names)

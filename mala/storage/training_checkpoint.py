@@ -1,7 +1,7 @@
 """The checkpoints of a training run, folders `step-N/`. One holds:
 
     adapter_config.json, adapter_model.safetensors    the adapter after N steps, as PEFT knows it
-    tokenizer.model                                   its tokenizer
+    tokenizer.model, tokenizer.json, …                its tokenizer
     optimizer.safetensors                             AdamW's two moments of everything that trains
     training_state.json                               `step`, `identity` (prepare.py), and the run log's sums
 
