@@ -38,8 +38,8 @@ class Tokenizer:
             self.model_type = MODEL_TYPES[trainer_spec.get(3, 1)]
         except (RuntimeError, ValueError, TypeError, KeyError):
             if TIKTOKEN.match(model):
-                found = "a tiktoken file, LLaMA 3's kind, expected a SentencePiece model"
-                raise UserError(f"{name}: {found}; put the model's tokenizer.json beside it") from None
+                found = "a tiktoken file, LLaMA 3's kind, expected a SentencePiece model to train or extend"
+                raise UserError(f"{name}: {found}; to evaluate put tokenizer.json beside it") from None
             found = f"truncated or no SentencePiece model ({len(model):,} bytes)"
             raise UserError(f"{name}: {found}; download it again") from None
         self.bos_id: int = self.processor.bos_id()
