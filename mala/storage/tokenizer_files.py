@@ -14,7 +14,7 @@ from typing import Any
 from mala.cli import UserError
 from mala.storage.files import read_json, write_json
 from mala.storage.weights import INDEX, OTHER_WEIGHTS
-from mala.words.tokenizer import Tokenizer, is_sentencepiece
+from mala.words.tokenizer import Tokenizer, reads_json
 from mala.words.tokenizer_json import to_json
 
 PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")  # what an extension replaces
@@ -38,9 +38,11 @@ def copy_companions(source: Path, target: Path) -> None:
 def copy_tokenizer(source: Path, target: Path, rows: int, merged: Tokenizer | None = None) -> None:
     """Copy all files of a tokenizer, with `merged` in place of its pieces if that is given. A missing
     `tokenizer.json` is made, with its tokenizer_config.json. Raises UserError as `added_tokens` does."""
-    model = source / "tokenizer.model"
-    is_read = model.exists() and (is_sentencepiece(model) or not (source / "tokenizer.json").exists())
-    tokenizer = merged or (Tokenizer.from_pretrained(model) if is_read else None)
+    model, tokenizer = source / "tokenizer.model", merged
+    if not merged and model.exists() and not reads_json(source):
+        tokenizer = Tokenizer.from_pretrained(model)
+    if tokenizer:
+        tokenizer.check_fits(rows)
     added = added_tokens(source, len(tokenizer) if tokenizer else 0, rows)
     for name in sorted(TOKENIZER_FILES):
         if (source / name).is_file() and not (merged and name in PIECES):
@@ -48,7 +50,6 @@ def copy_tokenizer(source: Path, target: Path, rows: int, merged: Tokenizer | No
     if merged:
         (target / "tokenizer.model").write_bytes(merged.model)
     if tokenizer and not (target / "tokenizer.json").exists():
-        tokenizer.check_fits(rows)
         write_for_transformers(tokenizer, target, added)
 
 

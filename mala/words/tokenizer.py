@@ -201,18 +201,19 @@ class JsonTokenizer(Tokenizer):
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The `tokenizer.model` of a folder, else its `tokenizer.json`. Raises UserError if it has neither."""
-    file = folder / "tokenizer.json"
-    if file.exists() and not is_sentencepiece(folder / "tokenizer.model"):
-        return JsonTokenizer(file)
-    return Tokenizer.from_pretrained(folder)
+    return (
+        JsonTokenizer(folder / "tokenizer.json") if reads_json(folder) else Tokenizer.from_pretrained(folder)
+    )
 
 
-def is_sentencepiece(file: Path) -> bool:
-    """Whether a file is there and begins as a ModelProto does; LLaMA 3's `tokenizer.model` does not."""
-    if not file.is_file():
-        return False
-    with open(file, "rb") as opened:
-        return opened.read(1) == b"\x0a"
+def reads_json(folder: Path) -> bool:
+    """Whether a folder's `tokenizer.json` counts: it is there, and no SentencePiece model is beside it, which
+    begins as a ModelProto does; LLaMA 3's `tokenizer.model` does not."""
+    model, has_json = folder / "tokenizer.model", (folder / "tokenizer.json").exists()
+    if not has_json or not model.is_file():
+        return has_json
+    with open(model, "rb") as opened:
+        return opened.read(1) != b"\x0a"
 
 
 class WordPacker(dict):

@@ -13,7 +13,8 @@ Object = dict[str, Any]  # of JSON
 
 def to_json(tokenizer: Tokenizer, added: dict[int, str], before: list[int], after: list[int]) -> Object:
     """The content of the file that gives the model's ids, with the tokens `before` and `after` each text.
-    added: id -> text of tokens that are not the model's."""
+    added: id -> text of tokens that are not the model's. Trap: after a user-defined symbol, which LLaMA has
+    none of, `tokenizers` begins a word anew and SentencePiece does not."""
     pieces, types = tokenizer.pieces, tokenizer.types
 
     def token(id: int, content: str, special: bool) -> Object:
