@@ -3,7 +3,7 @@
     python evaluate.py --bench nll|sib200|taxi1500      what `python train.py` left, on the bundled sample
     python evaluate.py --bench sib200 --model DIR --adapter DIR --data DIR --out DIR
     python evaluate.py --compare A/results.json B/results.json               what changed between two runs
-    torchrun --nproc-per-node 8 evaluate.py …                   languages are dealt out to the processes
+    torchrun --nproc-per-node 8 evaluate.py …   languages are dealt out to the processes, or all share a model
 
 Without --data the benchmark is looked for in $MALA_DATA/<bench>, then data/<bench>; if there is none, the
 bundled sample is measured. results.json, predictions.jsonl and, with matplotlib, results.png are left in
@@ -21,10 +21,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from mala.benchmarks.measurement import Measurement, deal, name_files
-from mala.benchmarks.results import read_languages, summarise, with_macro
+from mala.benchmarks.results import summarise, with_macro
 from mala.benchmarks.tasks import TASKS
 from mala.cli import UserError, check_folder, choose_device, option, parse, run
 from mala.running.distributed import World, start
@@ -34,7 +35,7 @@ from mala.storage.corpus_formats import Reading
 from mala.storage.files import atomic_file, lock, read_json, write_json
 from mala.storage.model_by_name import ModelSettings, find_model, load_model
 from tools import pictures
-from tools.comparison import compare_runs, print_comparison
+from tools.comparison import compare_runs, print_comparison, read_languages
 from tools.tables import print_results
 
 DEMO = Path(__file__).resolve().parent / "assets/demo"
@@ -59,7 +60,9 @@ class Settings(Reading, ModelSettings):
     limit: int | None = option(None, "measure at most this many documents or examples a language")
     group_by: str | None = option(None, "macro-averages of groups of languages, too", choices=("script",))
     compare: tuple[str, ...] = option((), "two results.json, or their folders: print what changed")
-    batch_size: int | None = option(None, "sequences a batch; default: to fill 1,024 tokens, 4,096 on a GPU")
+    batch_size: int | None = option(None, "sequences a batch; default: to fill 1,024 tokens, 8,192 on a GPU")
+    compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
+    shard: str = option("auto", "one model for all processes; auto: if need be", ("auto", "on", "off"))
     out: str | None = option(None, "where the results go; default: out/<bench>")
 
     def __post_init__(self) -> None:
@@ -93,7 +96,7 @@ def main() -> None:
         return
 
     device, dtype = choose_device(settings.device, settings.dtype)
-    with start(device, shards=False) as world:
+    with start(device, shards=settings.shard != "off") as world:
         evaluate(settings, find_data(settings), dtype, world)
 
 
@@ -117,7 +120,11 @@ def evaluate(settings: Settings, data: Path, dtype: torch.dtype, world: World) -
         print(notice)
     measurements = read_data(settings, data, world)
     base, adapter = find_model(settings.model, settings.adapter)
-    model, tokenizer = load_model(base, adapter, dtype, world.device)
+    model, tokenizer = load_model(base, adapter, dtype, world, settings.shard)
+    is_shared = isinstance(model, FSDPModule)
+    if settings.compile == "on" or settings.compile == "auto" and world.device != "cpu":
+        for block in model.model["layers"]:
+            block.compile(dynamic=True)  # once, for batches of all sizes
     out = Path(settings.out)
     locked = lock(out) if world.is_main else None  # until this process ends
     name_files(measurements, out / "done", model, tokenizer, settings.bench, settings.protocol)
@@ -125,17 +132,19 @@ def evaluate(settings: Settings, data: Path, dtype: torch.dtype, world: World) -
     if settings.bench != "nll":
         predict = partial(predict_labels, labels=TASKS[settings.bench].labels, protocol=settings.protocol)
 
-    # The largest first, each process its own.
+    # The largest first, each process its own; with one model they do all together, and take turns in each.
     todo = world.from_main(lambda: [number for number, one in enumerate(measurements) if not one.read()])
-    hands = deal([measurements[number].size() for number in todo], world.size)
-    mine = [measurements[todo[i]] for i in hands[world.rank]]
+    hands = deal([measurements[number].size() for number in todo], 1 if is_shared else world.size)
+    mine = [measurements[todo[i]] for i in hands[0 if is_shared else world.rank]]
+    how = {"batch_size": settings.batch_size, "world": world if is_shared else World()}
     texts = sum(len(one.texts) for one in mine)
     with tqdm(desc=settings.bench, total=texts, unit="text", leave=False, disable=world.no_bar) as bar:
         for number, one in enumerate(mine, 1):
             bar.set_postfix(language=f"{one.language}, {number} of {len(mine)}")
             began = time.perf_counter()
-            predictions = predict(model, tokenizer, one, batch_size=settings.batch_size, advance=bar.update)
-            one.write(time.perf_counter() - began, predictions)
+            predictions = predict(model, tokenizer, one, advance=bar.update, **how)
+            if world.is_main or not is_shared:
+                one.write(time.perf_counter() - began, predictions)
     world.wait()
     if world.is_main:
         of_run = {"data": str(data), "sample": is_sample, "model": str(base)}

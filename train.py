@@ -11,6 +11,7 @@ text, before and after), metrics.jsonl and checkpoints/. A run that was killed g
 checkpoint when the same command is given again.
 """
 
+import gc
 import math
 import shutil
 import time
@@ -20,32 +21,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from mala.cli import UserError, choose_device, parse
 from mala.cli import run as run_main
 from mala.data import Batches, open_streams, read_ahead
-from mala.lora import add_lora, find_targets, parameter_report, trainable_parameters
+from mala.lora import add_lora, find_targets, parameter_report, start_lora, trainable_parameters
 from mala.model import Llama
 from mala.running import distributed
 from mala.running.distributed import World
-from mala.running.flops import flops_per_token
 from mala.running.prepare import prepare
 from mala.running.run_log import RunLog, peak_memory
 from mala.running.settings import Settings
 from mala.scoring import nll_by_language
 from mala.storage.corpus import Corpus
 from mala.storage.files import atomic_directory, read_json, write_json
-from mala.storage.model_by_name import find_folder
+from mala.storage.model_by_name import find_folder, load_model
 from mala.storage.peft_adapter import adapter_tensors, save_adapter
 from mala.storage.tokenizer_files import added_tokens, copy_tokenizer
-from mala.storage.training_checkpoint import ADAPTER, MOMENTS, OPTIMIZER, checkpoints, read_state, write_state
-from mala.storage.weights import read_tensors
+from mala.storage.training_checkpoint import ADAPTER, OPTIMIZER, checkpoints, read_state, write_state
+from mala.storage.weights import fill_weights, read_tensors
 from mala.words.tokenizer import Tokenizer
 from tools import pictures
+from tools.adamw8bit import AdamW8bit
 from tools.dry_run import dry_run
-from tools.gpus import peak_flops
+from tools.gpus import flops_per_token, peak_flops
+from tools.memory_plan import recomputed_blocks
 from tools.tables import print_nll
 
 
@@ -60,7 +61,7 @@ def main() -> None:
             train(settings, world, dtype, locks)
     except torch.OutOfMemoryError as error:
         full = f"the GPU's memory is full ({str(error).partition('. ')[0]})"
-        remedy = "lower --micro-batch-size or add --gradient-checkpointing"
+        remedy = "lower --micro-batch-size, or add --gradient-checkpointing on or --moments 8bit"
         raise UserError(f"{full}; --dry-run shows what takes it; {remedy}") from None
 
 
@@ -84,16 +85,17 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack
                 group["lr"] = lr
 
             began = time.perf_counter()
-            tokens, targets = next(loaded)  # (B / processes, T) each
+            batch = next(loaded)
             waited = time.perf_counter() - began
+            tokens, targets = (part.to(world.device) for part in batch)  # (B / processes, T) each
             loss = torch.zeros((), dtype=torch.float64, device=world.device)
             for row in range(0, len(tokens), micro_batch_size):
                 rows = slice(row, row + micro_batch_size)
-                x, y = tokens[rows].to(world.device), targets[rows].to(world.device)
+                x, y = tokens[rows], targets[rows]
                 torch.manual_seed(dropout_seed(settings.seed, step, world.rank * len(tokens) + row))
                 distributed.sync_gradients(model, rows.stop == len(tokens))
                 # The mean of equal micro-batches' means is the batch's. FSDP2 averages over processes.
-                part = model(x, targets=y) * len(x) / len(tokens)
+                part = model(x, targets=y, share=len(x) / len(tokens))
                 part.backward()
                 loss += part.detach()
             grad_norm = clip_grad_norm_(run.trained.values(), settings.max_grad_norm)
@@ -167,33 +169,37 @@ class Run:
         if self.is_finished:
             return
         if "before" not in self.nll:  # the checkpoint as it comes, with its own tokenizer
-            model = Llama.from_pretrained(settings.model, dtype, world.device)
+            model, _ = load_model(Path(settings.model), None, dtype, world, shard="on")
             documents = self.test_documents
             self.nll["before"] = nll_by_language(model, base_tokenizer, documents, "NLL before", world)
             del model
+            gc.collect()  # of a sharded one the parts refer to each other
         if world.is_main:
             write_json(file, {"before": self.nll["before"]})
 
         # What trains is float32: LoRA's A and B, and the modules saved whole. The rest is frozen, in --dtype.
-        self.model = model = Llama.from_pretrained(self.base, dtype, world.device)
-        torch.manual_seed(settings.seed)  # for A, which starts at random
+        self.model = model = Llama.from_pretrained(self.base, dtype, "meta")  # no memory until it is cut
         add_lora(model, settings.lora())
-        model.gradient_checkpointing = settings.gradient_checkpointing
+        model.recomputed_blocks = world.from_main(partial(recomputed_blocks, model, settings, world))
         summary, flops = parameter_report(model), flops_per_token(model, settings.seq_len)
-        self.is_compiled = settings.compile == "on" or settings.compile == "auto" and world.device != "cpu"
+        self.is_compiled = settings.is_compiled(world.device)
         if self.is_compiled:
             for block in model.model["layers"]:
                 block.compile()
         distributed.shard(model, world)
+        fill_weights(model, self.base)
+        torch.manual_seed(settings.seed)  # for A, which starts at random
+        start_lora(model)
         self.trained = trainable_parameters(model)  # the model's own name -> parameter
         self.adapter = adapter_tensors(model, model.lora_saved)  # PEFT's name -> parameter
-        settings_of_adamw = {"weight_decay": settings.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), **settings_of_adamw)
+        adamw = AdamW8bit if settings.moments == "8bit" else torch.optim.AdamW
+        self.optimizer = adamw(self.trained.values(), weight_decay=settings.weight_decay, fused=True)
         if checkpoint:
             self.load(checkpoint)
         if world.is_main:
             sizes = f"{len(base_tokenizer):,} pieces -> {len(self.tokenizer):,}; {len(streams)} languages"
-            print(f"{sizes}, {corpus_tokens:,} tokens; {summary}")
+            again = f"recomputing {model.recomputed_blocks} of {model.config.num_hidden_layers} blocks"
+            print(f"{sizes}, {corpus_tokens:,} tokens; {summary}, {again}")
             if checkpoint:
                 print(f"{checkpoint}: going on after step {self.done} of {self.steps}")
         peak = peak_flops(torch.cuda.get_device_name()) if world.device != "cpu" else 0
@@ -220,16 +226,18 @@ class Run:
 
     def save(self, done: int) -> None:
         """Write checkpoints/step-N/ and take the oldest away."""
-        tensors, state_of, moments = distributed.gather(self.adapter, self.world), self.optimizer.state, {}
-        for moment in MOMENTS:
-            moments |= {f"{moment}.{name}": state_of[weight][moment] for name, weight in self.trained.items()}
-        moments = distributed.gather(moments, self.world)
+        folder, asked_for = self.out / "checkpoints", Path(self.settings.resume).resolve()
+        moments = {}  # and, of moments of 8 bits, their scales
+        for name, weight in self.trained.items():
+            of_weight = self.optimizer.state[weight].items()
+            moments |= {f"{moment}.{name}": tensor for moment, tensor in of_weight if moment != "step"}
+        state = {**self.log.state, "step": done, "identity": self.identity}
+        place = atomic_directory(folder / f"step-{done}", replace=True)
+        # The main process writes; for the others the folder is None: they only give their parts.
+        with place if self.world.is_main else nullcontext() as checkpoint:
+            self.save_adapter(checkpoint)
+            write_state(checkpoint, moments, state)
         if self.world.is_main:
-            folder, asked_for = self.out / "checkpoints", Path(self.settings.resume).resolve()
-            with atomic_directory(folder / f"step-{done}", replace=True) as checkpoint:
-                self.save_adapter(checkpoint, tensors)
-                state = {**self.log.state, "step": done, "identity": self.identity}
-                write_state(checkpoint, moments, state)
             for old in checkpoints(folder)[: -self.settings.keep]:
                 if old.resolve() != asked_for:  # the same command will ask for it again
                     shutil.rmtree(old)
@@ -239,26 +247,28 @@ class Run:
         """Fill the trained parameters and the optimizer's state from what `save` wrote."""
         for name, tensor in read_tensors(checkpoint / ADAPTER):
             distributed.fill(self.adapter[name], tensor)
-        moments = dict(read_tensors(checkpoint / OPTIMIZER))
-        for name, weight in self.trained.items():
+        for name, tensor in read_tensors(checkpoint / OPTIMIZER):
+            moment, _, name = name.partition(".")
+            weight = self.trained[name]
             # The optimizer counts its steps in float32, on the parameter's device.
-            state = {"step": torch.tensor(float(self.done), device=weight.device)}
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(weight)
-                distributed.fill(state[moment], moments[f"{moment}.{name}"])
-            self.optimizer.state[weight] = state
+            state = self.optimizer.state[weight]
+            state["step"] = torch.tensor(float(self.done), device=weight.device)
+            state[moment] = torch.zeros_like(weight.detach()[:, : tensor.shape[1]], dtype=tensor.dtype)
+            distributed.fill(state[moment], tensor)
 
-    def save_adapter(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        save_adapter(self.model, folder, str(self.base), tensors)
-        copy_tokenizer(self.base, folder, self.model.config.vocab_size)
+    def save_adapter(self, folder: Path | None) -> None:
+        save_adapter(self.model, folder, str(self.base))
+        if folder is not None:
+            copy_tokenizer(self.base, folder, self.model.config.vocab_size)
 
     def finish(self, started: float) -> None:
         """Measure the held-out text again, and write adapter/, the pictures and, last, nll.json."""
         self.nll["after"] = self.measure("NLL after")
-        tensors = distributed.gather(self.adapter, self.world)
+        place = atomic_directory(self.out / "adapter", replace=True)
+        with place if self.world.is_main else nullcontext() as folder:
+            self.save_adapter(folder)
+        self.world.wait()  # till the main process has all parts
         if self.world.is_main:
-            with atomic_directory(self.out / "adapter", replace=True) as folder:
-                self.save_adapter(folder, tensors)
             if pictures.is_available():
                 pictures.draw_run(self.out, **self.nll)
             write_json(self.out / "nll.json", self.nll)  # with this file the run is finished

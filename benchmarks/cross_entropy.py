@@ -1,21 +1,24 @@
 """Loss and gradients of a language model's head, at real shapes: time, peak memory and error of each way.
 
-    python benchmarks/cross_entropy.py [--repeats 5] [--out cross_entropy.json]
+    python benchmarks/cross_entropy.py [--repeats 5] [--shapes 1024,256,260164 …] [--out cross_entropy.json]
 
 With a GPU its rows are measured, else a CPU's. The implementations take turns, so that a busy machine slows
-all of them alike.
+all of them alike. "mixed" is what training has: hidden states in bfloat16, and a float32 weight, which is
+cast; "ours, in place" adds to a gradient that is there already, as all micro-batches but the first do.
 
     time    median of the repeats, loss and gradients of hidden states and weight
     floor   time of the three matrix products alone (h Wᵀ, dLogits W, dLogitsᵀ h), in the same turn
     memory  peak beyond the operands and their gradients
     error   of the two gradients, |found - exact| / |exact| against float64 (half precision rounds its result)
 
-`torch.compile`, Liger-Kernel and Cut Cross-Entropy (without its gradient filtering) are measured if they are
-installed and can run; "exact float32" is F.cross_entropy on operands and logits in float32.
+PyTorch's own linear_cross_entropy (from 2.13 on), and on a GPU Liger-Kernel (with LIGER_KERNEL_IMPL=cutedsl
+its CuTe kernels), QuACK and Cut Cross-Entropy (without its gradient filtering, and with it) are measured if
+they are installed and can run; "exact float32" is F.cross_entropy on operands and logits in float32.
 """
 
 import argparse
 import ctypes
+import os
 import statistics
 import sys
 import threading
@@ -36,18 +39,16 @@ from tools.tables import print_table  # noqa: E402
 
 # (N, D, V): MaLA-500's vocabulary on a small model, SmolLM2's and LLaMA 2's, LLaMA 3's, and MaLA-500 itself.
 CPU_SHAPES = [(1024, 256, 260164), (1024, 768, 32000), (1024, 512, 128256)]
-GPU_SHAPES = [
-    (8192, 4096, 32000),
-    (8192, 4096, 128256),
-    (8192, 4096, 260164),
-    (16384, 2048, 128256),
-    (4096, 768, 260164),
-]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GPU_SHAPES = [(8192, 4096, 260164), (8192, 4096, 128256), (8192, 4096, 32000)]
+DTYPES = {  # of the hidden states, and of the weight
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "mixed": (torch.bfloat16, torch.float32),
+}
 
 
 def plain(hidden, weight, targets):
-    return F.cross_entropy((hidden @ weight.T).float(), targets)
+    return F.cross_entropy((hidden @ weight.to(hidden.dtype).T).float(), targets)
 
 
 def exact_float32(hidden, weight, targets):
@@ -59,27 +60,56 @@ def implementations(device: str) -> dict:
         "F.cross_entropy": plain,
         "exact float32": exact_float32,
         "torch.compile": torch.compile(plain, dynamic=False),
-        "ours, chunked": partial(linear_cross_entropy, implementation="chunked"),
+        "ours": linear_cross_entropy,
+        "ours, in place": partial(linear_cross_entropy, share=1.0),
     }
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["F.linear_cross_entropy"] = with_cast(partial(F.linear_cross_entropy, options=options))
     if device == "cuda":
-        found["ours, triton"] = partial(linear_cross_entropy, implementation="triton")
-        try:
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-            liger = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)  # as ours accumulates
-            found["Liger-Kernel"] = lambda hidden, weight, targets: liger(weight, hidden, targets)
-        except ModuleNotFoundError:
-            print("liger-kernel is not installed and left out")
-        try:
-            import cut_cross_entropy
-
-            found["Cut Cross-Entropy"] = partial(cut_cross_entropy.linear_cross_entropy, filter_eps=None)
-        except ModuleNotFoundError:
-            print("cut-cross-entropy is not installed and left out")
+        for name, load in PEERS.items():
+            try:
+                found |= load()
+            except ImportError as error:
+                print(f"{name} is left out: {error}")
     return found
 
 
+def with_cast(loss_function):
+    """Of a peer that takes operands of one dtype."""
+    return lambda hidden, weight, targets: loss_function(hidden, weight.to(hidden.dtype), targets)
+
+
+def load_liger() -> dict:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    liger = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)  # as ours accumulates
+    name = " ".join(["Liger-Kernel", os.environ.get("LIGER_KERNEL_IMPL", "")]).strip()
+    return {name: with_cast(lambda hidden, weight, targets: liger(weight, hidden, targets))}
+
+
+def load_quack() -> dict:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return {"QuACK": with_cast(chunked_linear_cross_entropy)}
+
+
+def load_cce() -> dict:
+    from cut_cross_entropy import linear_cross_entropy as cce
+
+    exact = partial(cce, filter_eps=None)
+    return {"Cut Cross-Entropy": with_cast(exact), "Cut Cross-Entropy, filtered": with_cast(cce)}
+
+
+PEERS = {"liger-kernel": load_liger, "quack-kernels": load_quack, "cut-cross-entropy": load_cce}
+
+
 def gradients(loss_function, hidden, weight, targets) -> list[torch.Tensor]:
+    if weight.grad is not None:  # in place
+        hidden = hidden.detach().requires_grad_()
+        loss = loss_function(hidden, weight, targets)
+        loss.backward()
+        return [loss.detach(), hidden.grad, weight.grad]
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     loss = loss_function(hidden, weight, targets)
     return [loss.detach(), *torch.autograd.grad(loss, [hidden, weight])]
@@ -95,10 +125,17 @@ def in_float64(hidden, weight, targets) -> list[torch.Tensor]:
         d_logits[range(len(rows)), targets[rows]] -= 1
         d_hidden[rows] = d_logits @ weight / len(hidden)
         d_weight.addmm_(d_logits.T, hidden[rows].double(), alpha=1 / len(hidden))
-    return [d_hidden.cpu(), d_weight.cpu()]  # out of the way of what is measured on a GPU
+    return [d_hidden, d_weight]
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """|found - exact| / |exact|, some rows at a time: a (V, D) of float64 takes 8.5 GB."""
+    pairs = zip(found.split(4096), exact.split(4096))
+    return sum(((a - b).double().norm() ** 2).item() for a, b in pairs) ** 0.5 / exact.norm().item()
 
 
 def three_products(hidden, weight) -> None:
+    weight = weight.to(hidden.dtype)
     logits = hidden @ weight.T
     _ = logits @ weight, logits.T @ hidden
 
@@ -141,25 +178,31 @@ def peak_memory(function, device: str) -> int:
 def measure(shape: tuple[int, int, int], dtype: str, device: str, repeats: int) -> list[dict]:
     N, D, V = shape
     generator = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn(N, D, generator=generator, device=device).to(DTYPES[dtype])
+    hidden = torch.randn(N, D, generator=generator, device=device).to(DTYPES[dtype][0])
     weight = torch.randn(V, D, generator=generator, device=device) / D**0.5  # logits like a model's
-    weight = weight.to(DTYPES[dtype])
+    weight = weight.to(DTYPES[dtype][1])
     targets = torch.randint(0, V, (N,), generator=generator, device=device)
     expected = in_float64(hidden, weight, targets)
 
     rows, candidates = [], {}
     for name, loss_function in implementations(device).items():
-        call = partial(gradients, loss_function, hidden, weight, targets)
+        operand = weight.detach()
+        if name == "ours, in place":
+            if dtype != "mixed":
+                continue
+            operand = operand.requires_grad_()
+            operand.grad = torch.zeros_like(weight)
+        call = partial(gradients, loss_function, hidden, operand, targets)
         try:
             found = call()  # a first time, also to compile
         except Exception as error:  # out of memory, or a peer that cannot do this shape
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
             rows.append({"implementation": name, "failed": reason})
             continue
-        errors = [((a.cpu() - b).norm() / b.norm()).item() for a, b in zip(found[1:], expected)]
+        errors = [relative_error(a, b) for a, b in zip(found[1:], expected)]
         del found
-        # The gradients are as large as the operands.
-        memory = peak_memory(call, device) - (hidden.nbytes + weight.nbytes)
+        # The gradients are as large as the operands; one that was there before is not counted again.
+        memory = peak_memory(call, device) - hidden.nbytes - (weight.nbytes if operand.grad is None else 0)
         candidates[name] = (call, {"implementation": name, "memory": max(memory, 0), "errors": errors})
     del expected
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -178,14 +221,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shapes", nargs="+", metavar="N,D,V", help="others than the usual ones")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}, PyTorch {torch.__version__}")
     rows = []
-    for shape in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
-        for dtype in DTYPES:
+    shapes = [tuple(map(int, shape.split(","))) for shape in args.shapes or ()]
+    for shape in shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES):
+        for dtype in args.dtypes:
             measured = measure(shape, dtype, device, args.repeats)
             rows += measured
             by_name = {row["implementation"]: row for row in measured if "seconds" in row}

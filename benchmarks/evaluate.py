@@ -1,19 +1,27 @@
 """Examples per second of the few-shot evaluation, beside the published procedure, tests/published.py.
 
     python benchmarks/evaluate.py --data DIR    DIR holds SIB-200's eng_Latn; else the bundled sample is taken
+    python benchmarks/evaluate.py --data DIR --tokenizer DIR --shape tinyllama-1.1b     on a GPU, in bfloat16
 
 The model has the shape of SmolLM2-135M and random weights: 30 layers, width 576, 9 query and 3 key/value
 heads, V 49,152. Both sides take the same weights, the same texts and the same cores, in turn; the published
 one at several batch sizes, of which the best counts. If the package lm-eval is installed,
 lm-evaluation-harness is measured, too, from the same token ids. Text is encoded by --tokenizer; with another
 than the model's own its ids stand for as many tokens.
+
+With --shape, or a GPU at hand, other shapes are measured, by default 1.1 and 7 billion parameters, with
+compiled blocks, and NLL of documents, too. The published procedure takes fewer of the examples then.
+--shape demo tries it on a CPU.
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +34,12 @@ import transformers  # noqa: E402
 
 from mala.benchmarks.tasks import SIB200  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
-from mala.scoring import encode_published, loglikelihoods  # noqa: E402
+from mala.scoring import documents_nll, encode_published, loglikelihoods, trees  # noqa: E402
+from mala.storage.config_json import to_config_json  # noqa: E402
+from mala.storage.corpus import Corpus  # noqa: E402
 from mala.words.tokenizer import Tokenizer  # noqa: E402
+from tools.gpus import peak_flops  # noqa: E402
+from tools.known_models import named  # noqa: E402
 from tools.tables import print_table  # noqa: E402
 
 SHAPE = LlamaConfig(
@@ -44,17 +56,154 @@ SHAPE = LlamaConfig(
 )
 
 
+# A shape for a GPU -> rows of the two large matrices, and examples for the published procedure.
+GPU_SHAPES = {"tinyllama-1.1b": (32000, 64), "llama-2-7b": (260164, 24), "demo": (32000, 4)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=ROOT / "assets/demo/sib200")
     parser.add_argument(
         "--tokenizer", default=ROOT / "assets/tiny-llama", help="a tokenizer.model, or its folder"
     )
-    parser.add_argument("--examples", type=int, default=16, help="per measurement")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--shape", nargs="+", choices=GPU_SHAPES, default=[])
+    parser.add_argument("--examples", type=int, help="per measurement; 16, with --shape all")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="1 2 4 8 16, with --shape 8 32")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if args.shape or torch.cuda.is_available():
+        args.batch_sizes = args.batch_sizes or [8, 32]
+        for shape in args.shape or ["tinyllama-1.1b", "llama-2-7b"]:
+            measure_shape(args, shape)
+            torch._dynamo.reset()  # the blocks of another shape are no recompilation of this one's
+            gc.collect()
+            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+    else:
+        args.examples, args.batch_sizes = args.examples or 16, args.batch_sizes or [1, 2, 4, 8, 16]
+        measure_on_a_cpu(args)
 
+
+@torch.no_grad()
+def measure_shape(args: argparse.Namespace, shape: str) -> None:
+    """Print the tables of one of GPU_SHAPES, random weights in bfloat16."""
+    began = time.perf_counter()
+    rows, few = GPU_SHAPES[shape]
+    model = random_model(named(shape, vocab_size=rows))
+    of_head = model.lm_head.weight.numel()
+    of_blocks = sum(parameter.numel() for parameter in model.model["layers"].parameters())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    peak = peak_flops(gpu)
+
+    def share(tokens: int, predicted: int, seconds: float) -> str:
+        """Two FLOPs a weight and token; attention's own products do not count."""
+        flops = 2 * (of_blocks * tokens + of_head * predicted) / seconds
+        return f"{flops / peak:.1%}" if peak else f"{flops / 1e12:.2f} TFLOP/s"
+
+    tokenizer, task = Tokenizer.from_pretrained(args.tokenizer), SIB200(args.data)
+    examples = task.examples("eng_Latn")[: args.examples]
+    few = min(few, len(examples))
+    encoded = encode_published(tokenizer, examples, task.labels)
+    read = sum(len(stem) + len(tokens) for (stem, _), (tokens, _), _ in trees(encoded, max_length=2048))
+    predicted = sum(len(ids) for _, labels in encoded for ids in labels)
+    ours = partial(loglikelihoods, model, encoded)
+    scores, speed, of_peak = {}, {}, {}
+    scores["ours"], first, seconds = timed(ours, args.repeats)
+    speed["ours"], of_peak["ours"] = len(examples) / seconds, share(read, predicted, seconds)
+    with torch.compiler.set_stance("force_eager"):
+        name = "ours, not compiled"
+        scores[name], _, seconds = timed(ours, 1)
+        speed[name], of_peak[name] = len(examples) / seconds, share(read, predicted, seconds)
+
+    documents = Corpus(args.data, ["eng_Latn"]).load("train")["eng_Latn"]
+    long = [" ".join(documents[start : start + 20]) for start in range(0, len(documents), 20)]
+    nll = []
+    for kind, texts in (("sentences", documents), ("20 sentences each", long)):
+        (_, counts), _, seconds = timed(partial(documents_nll, model, tokenizer, texts), args.repeats)
+        rates = f"{len(texts) / seconds:.1f}", f"{sum(counts) / seconds:,.0f}"
+        nll.append((kind, str(len(texts)), *rates, share(sum(counts), sum(counts), seconds)))
+    memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0
+
+    reference = as_transformers(model)
+    for size in args.batch_sizes:
+        name = f"published, batches of {size}"
+        what = (reference, tokenizer.encode, args.data, "sib200", "eng_Latn")
+        try:
+            found, _, seconds = timed(partial(published.evaluate, *what, limit=few, batch_size=size), 1)
+        except torch.OutOfMemoryError:
+            print(f"{shape}, {name}: out of memory")
+            continue
+        scores[name] = [list(line["loglikelihoods"].values()) for line in found]
+        speed[name] = few / seconds
+    del reference, what
+
+    exact, of_what = scores["ours"], "ours"
+    if of_blocks < 2e9:  # in float32 it fits, too
+        with torch.compiler.set_stance("force_eager"):
+            exact, of_what = loglikelihoods(model.float(), encoded[:few]), "float32"
+    best = max((speed[name] for name in speed if name.startswith("published")), default=float("nan"))
+    lines = []
+    for name, found in scores.items():
+        pairs = list(zip(exact[:few], found))
+        difference = max(abs(a - b) for row, other in pairs for a, b in zip(row, other))
+        same = sum(row.index(max(row)) == other.index(max(other)) for row, other in pairs)
+        rates = f"{speed[name]:.1f}", f"{speed[name] / best:.2f} x", of_peak.get(name, "")
+        lines.append((name, *rates, f"{difference:.3f}", f"{same} of {few}"))
+
+    versions = f"PyTorch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"\n{gpu}, {shape}, {rows:,} rows, bfloat16, {versions}")
+    print(
+        f"{len(examples)} examples of eng_Latn, 3 shots, {read / len(examples):.0f} tokens read of each; "
+        f"published and compared: {few}; first time, compilation included, {first:.1f} s; {memory:.1f} GB"
+    )
+    header = (
+        "",
+        "examples/s",
+        "of the best published",
+        "of peak",
+        f"largest difference from {of_what}, nats",
+    )
+    print_table((*header, "same prediction"), lines)
+    print_table(("NLL of documents", "documents", "documents/s", "tokens/s", "of peak"), nll)
+    print(f"{shape}: {time.perf_counter() - began:.0f} s in all")
+
+
+def timed(work: Callable[[], Any], repeats: int) -> tuple[Any, float, float]:
+    """What work() gives, the seconds of a first time, and the median of the others. It ends on the CPU."""
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - began)
+    return result, seconds[0], statistics.median(seconds[1:])
+
+
+@torch.no_grad()
+def random_model(config: LlamaConfig) -> Llama:
+    """In bfloat16, where there is one on the GPU, with compiled blocks."""
+    with torch.device("meta"):
+        model = Llama(config).to(torch.bfloat16)
+    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02) if parameter.ndim == 2 else parameter.fill_(1)
+    for block in model.model["layers"]:
+        block.compile(dynamic=True)
+    return model.eval()
+
+
+def as_transformers(model: Llama) -> transformers.LlamaForCausalLM:
+    """The same weights, not copied."""
+    config = transformers.LlamaConfig(**to_config_json(model.config))
+    with torch.device("meta"):
+        reference = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    reference.load_state_dict(model.state_dict(), assign=True)
+    reference.model.rotary_emb = type(reference.model.rotary_emb)(config).to(model.lm_head.weight.device)
+    return reference.eval()
+
+
+def measure_on_a_cpu(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
     model = Llama(SHAPE)
     model.init_weights(0)

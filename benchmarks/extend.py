@@ -22,11 +22,12 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from mala.cli import run  # noqa: E402
-from mala.model import Llama, LlamaConfig  # noqa: E402
+from mala.model import Llama  # noqa: E402
 from mala.storage.config_json import to_config_json  # noqa: E402
 from mala.storage.files import write_json  # noqa: E402
 from mala.storage.weights import INDEX, write_tensors  # noqa: E402
 from mala.words.tokenizer import Tokenizer  # noqa: E402
+from tools.known_models import named  # noqa: E402
 from tools.tables import print_table  # noqa: E402
 
 SHARD_BYTES = 5 * 10**9
@@ -66,7 +67,7 @@ print(time.perf_counter() - start, (memory("VmHWM") - before) * 1024)
 
 
 def make_checkpoint(folder: Path, base: Tokenizer, layers: int) -> None:
-    config = LlamaConfig.named("llama-2-7b", vocab_size=len(base), num_hidden_layers=layers)
+    config = named("llama-2-7b", vocab_size=len(base), num_hidden_layers=layers)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
     shards: list[list[str]] = [[]]
@@ -139,7 +140,7 @@ def main() -> None:
             for name, runs in results.items()
         ],
     )
-    hidden_size = LlamaConfig.named("llama-2-7b").hidden_size
+    hidden_size = named("llama-2-7b").hidden_size
     print(f"the two matrices: {2 * pieces * hidden_size * 2 / 1e9:.2f} GB")
 
 

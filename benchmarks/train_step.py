@@ -2,12 +2,12 @@
 
     python benchmarks/train_step.py [--shape small|llama2-7b] [--steps 4] [--rounds 2] [--out train_step.json]
 
-Each trainer loads the same checkpoint and the same adapter and sees the same random tokens (forward,
-backward, clipping, fused AdamW; dropout 0, so that the losses must agree). In each round one after the other
+Each trainer has the same random weights and sees the same random tokens (forward, backward, clipping, fused
+AdamW; dropout 0, so that the losses must agree). In each round one after the other
 has the machine for itself, in a process of its own, for a first step that is not counted and then --steps
 more; the time is the median over all rounds. Peak memory is the process's resident memory, on a GPU
-PyTorch's. `llama2-7b` is MaLA-500's own step, 260,164 rows and one sequence of 4,096 tokens with activation
-checkpointing: it takes a GPU of 80 GB. There the loss of transformers is Liger-Kernel's, if it is
+PyTorch's. `llama2-7b` is MaLA-500's own step, 260,164 rows and eight times one sequence of 4,096 tokens: it
+takes a GPU of 80 GB. There the loss of transformers is Liger-Kernel's, if it is
 installed. litgpt is measured on a CPU, in float32, if it is installed; it has no way to train embeddings
 and head whole, so this is done by hand.
 """
@@ -19,8 +19,8 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,52 +30,79 @@ import torch  # noqa: E402
 
 from mala.cli import run  # noqa: E402
 from mala.cross_entropy import IGNORE_INDEX  # noqa: E402
-from mala.lora import LoRAConfig, add_lora, trainable_parameters  # noqa: E402
+from mala.lora import LoRAConfig, add_lora  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
-from mala.running.flops import flops_per_token  # noqa: E402
+from mala.running.distributed import World  # noqa: E402
+from mala.running.settings import Settings  # noqa: E402
+from mala.storage.config_json import to_config_json  # noqa: E402
 from mala.storage.files import write_json  # noqa: E402
-from mala.storage.peft_adapter import load_adapter, save_adapter  # noqa: E402
-from tools.gpus import peak_flops  # noqa: E402
+from tools.adamw8bit import AdamW8bit  # noqa: E402
+from tools.gpus import flops_per_token, peak_flops  # noqa: E402
+from tools.known_models import named  # noqa: E402
+from tools.memory_plan import recomputed_blocks, room  # noqa: E402
 from tools.tables import print_table  # noqa: E402
 
 V = 260164
-SHAPES = {  # the model, sequences and tokens of a step
-    "small": (LlamaConfig(V, 256, 688, num_hidden_layers=4, num_attention_heads=4), 4, 256),
-    "llama2-7b": (LlamaConfig.named("llama-2-7b", vocab_size=V), 1, 4096),
+SHAPES = {  # the model, sequences and tokens of a micro-batch, micro-batches of a step
+    "small": (LlamaConfig(V, 256, 688, num_hidden_layers=4, num_attention_heads=4), 4, 256, 1),
+    "llama2-7b": (named("llama-2-7b", vocab_size=V), 1, 4096, 8),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ADAMW = {"lr": 3e-4, "weight_decay": 0.1, "fused": True}
 
 
-def prepare(folder: Path, config: LlamaConfig) -> None:
-    """A checkpoint of random weights and an adapter, as all trainers load them."""
-    with torch.device(DEVICE):
-        model = Llama(config).to(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+def fill(model) -> None:
+    """Random weights, the same for all trainers, since parameters have the same names and order."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.02)
-    model.save_pretrained(folder / "base")
+            parameter.normal_(0, 0.02, generator=generator) if parameter.ndim == 2 else parameter.fill_(1)
+
+
+def start_lora(named_parameters) -> list[torch.Tensor]:
+    """The same A for all trainers, beside B = 0; returns what trains."""
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    trained = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if "lora_A" in name:
+                parameter.normal_(0, 0.02, generator=generator)
+    return list(trained.values())
+
+
+def our_model(shape: str, dtype: torch.dtype) -> Llama:
+    with torch.device("meta"):
+        model = Llama(SHAPES[shape][0]).to(dtype)
+    model.to_empty(device=DEVICE)
+    fill(model)
     add_lora(model, LoRAConfig(lora_dropout=0.0))
-    save_adapter(model, folder / "adapter")
+    return model.train()
 
 
-def our_trainer(folder: Path, dtype: torch.dtype, checkpointing: bool):
-    model = Llama.from_pretrained(folder / "base", dtype, DEVICE)
-    load_adapter(model, folder / "adapter")
-    model.gradient_checkpointing = checkpointing
-    if DEVICE == "cuda":  # as train.py does
+def our_trainer(shape: str, dtype: torch.dtype, checkpointing: str = "auto", moments: str = "float32"):
+    """As train.py does it: what is recomputed follows from the memory there is."""
+    config, B, T, micro_batches = SHAPES[shape]
+    model = our_model(shape, dtype)
+    trained = start_lora(model.named_parameters())
+    settings = Settings(seq_len=T, batch_size=B * micro_batches, micro_batch_size=B, moments=moments)
+    settings.gradient_checkpointing = checkpointing
+    model.recomputed_blocks = recomputed_blocks(model, settings, World(device=DEVICE), room(DEVICE))
+    if settings.is_compiled(DEVICE):
         for block in model.model["layers"]:
             block.compile()
+    print(f"{model.recomputed_blocks} of {config.num_hidden_layers} blocks recomputed", file=sys.stderr)
 
-    def loss_of(tokens):
+    def loss_of(tokens, share):
         no_target = torch.full_like(tokens[:, :1], IGNORE_INDEX)
         targets = torch.cat([tokens[:, 1:], no_target], dim=1)  # as transformers shifts labels
-        return model(tokens, targets=targets)
+        return model(tokens, targets=targets, share=share)
 
-    return loss_of, list(trainable_parameters(model).values())
+    if moments == "8bit":
+        return loss_of, AdamW8bit(trained, **ADAMW)
+    return loss_of, torch.optim.AdamW(trained, **ADAMW)
 
 
-def their_trainer(folder: Path, dtype: torch.dtype, checkpointing: bool):
+def their_trainer(shape: str, dtype: torch.dtype):
     import peft
     import transformers
 
@@ -87,23 +114,30 @@ def their_trainer(folder: Path, dtype: torch.dtype, checkpointing: bool):
             apply_liger_kernel_to_llama()
         except ModuleNotFoundError:
             print("liger-kernel is not installed and left out", file=sys.stderr)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype).to(DEVICE)
-    if checkpointing:
+    torch.set_default_dtype(dtype)
+    with torch.device(DEVICE):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_config_json(SHAPES[shape][0])))
+    torch.set_default_dtype(torch.float32)
+    fill(model)
+    if shape != "small":
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-    model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+    ours = LoRAConfig()
+    names = ("r", "lora_alpha", "target_modules", "modules_to_save")
+    lora = peft.LoraConfig(**{name: getattr(ours, name) for name in names})
+    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=dtype == torch.float32)
     model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return lambda tokens: model(input_ids=tokens, labels=tokens).loss, trained
+    optimizer = torch.optim.AdamW(start_lora(model.named_parameters()), **ADAMW)
+    return lambda tokens, share: model(input_ids=tokens, labels=tokens).loss * share, optimizer
 
 
-def litgpt_trainer(folder: Path, dtype: torch.dtype, checkpointing: bool):
+def litgpt_trainer(shape: str, dtype: torch.dtype):
     """As `litgpt finetune_lora`: the head in chunks of 128 positions, then `chunked_cross_entropy`."""
     from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
     from litgpt.utils import chunked_cross_entropy
 
-    ours = Llama.from_pretrained(folder / "base", dtype, DEVICE)
-    load_adapter(ours, folder / "adapter")
+    ours = our_model(shape, dtype)
+    start_lora(ours.named_parameters())
     config = ours.config
     sizes = dict(
         n_layer=config.num_hidden_layers,
@@ -149,15 +183,22 @@ def litgpt_trainer(folder: Path, dtype: torch.dtype, checkpointing: bool):
     for module in (model.transformer.wte, model.lm_head.linear):
         module.weight.requires_grad_(True)
 
-    def loss_of(tokens):
+    def loss_of(tokens, share):
         logits = model(tokens, lm_head_chunk_size=128)
         logits[-1] = logits[-1][..., :-1, :]
-        return chunked_cross_entropy(logits, tokens[..., 1:])
+        return chunked_cross_entropy(logits, tokens[..., 1:]) * share
 
-    return loss_of, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return loss_of, torch.optim.AdamW(trained, **ADAMW)
 
 
-TRAINERS = {"transformers + PEFT": their_trainer, "litgpt": litgpt_trainer, "ours": our_trainer}
+TRAINERS = {
+    "transformers + PEFT": their_trainer,
+    "litgpt": litgpt_trainer,
+    "ours": our_trainer,
+    "ours, all blocks recomputed": partial(our_trainer, checkpointing="on"),
+    "ours, the same, moments of 8 bits": partial(our_trainer, checkpointing="on", moments="8bit"),
+}
 
 
 def peak_memory() -> int:
@@ -166,21 +207,24 @@ def peak_memory() -> int:
     return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def work(trainer: str, dtype: str, folder: Path, shape: str, steps: int) -> None:
+def work(trainer: str, dtype: str, shape: str, steps: int) -> None:
     """A line on stdout for every step: its time, its loss, the peak memory so far."""
-    _, B, T = SHAPES[shape]
-    loss_of, trained = TRAINERS[trainer](folder, getattr(torch, dtype), checkpointing=shape != "small")
-    optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.1, fused=True)
+    _, B, T, micro_batches = SHAPES[shape]
+    loss_of, optimizer = TRAINERS[trainer](shape, getattr(torch, dtype))
+    trained = optimizer.param_groups[0]["params"]
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps + 1):
-        tokens = torch.randint(V, (B, T), generator=generator).to(DEVICE)
+        step = torch.randint(V, (micro_batches, B, T), generator=generator).to(DEVICE)
         start = time.perf_counter()
-        loss = loss_of(tokens)
-        loss.backward()
+        total = torch.zeros((), device=DEVICE)
+        for tokens in step:
+            loss = loss_of(tokens, 1 / micro_batches)
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss = loss.item()  # waits for a GPU
+        loss = total.item()  # waits for a GPU
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -195,54 +239,62 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return work(args.worker[0], args.worker[1], Path(args.worker[2]), args.shape, args.steps)
+        return work(*args.worker, args.shape, args.steps)
 
-    config, B, T = SHAPES[args.shape]
+    config, B, T, micro_batches = SHAPES[args.shape]
+    is_small = args.shape == "small"
     dtypes = ["float32", "bfloat16"] if DEVICE == "cpu" else ["bfloat16"]
     has_litgpt = DEVICE == "cpu" and importlib.util.find_spec("litgpt") is not None
+    left_out = {trainer for trainer in TRAINERS if is_small and trainer.startswith("ours, ")}
     trainers = [
         (trainer, dtype)
         for dtype in dtypes
         for trainer in TRAINERS
-        if trainer != "litgpt" or has_litgpt and dtype == "float32"
+        if trainer not in left_out and (trainer != "litgpt" or has_litgpt and dtype == "float32")
     ]
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{machine}, PyTorch {torch.__version__}: {args.shape}, D {config.hidden_size:,}, "
-        f"{config.num_hidden_layers} layers, V {V:,}, {B} x {T} tokens"
+        f"{config.num_hidden_layers} layers, V {V:,}, {micro_batches} x {B} x {T} tokens"
     )
     results = {key: [] for key in trainers}
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), config)
-        command = [sys.executable, __file__, "--shape", args.shape, "--steps", str(args.steps), "--worker"]
-        for _ in range(args.rounds):
-            for key, steps in results.items():
-                done = subprocess.run([*command, *key, folder], stdout=subprocess.PIPE, text=True, check=True)
-                steps.append([json.loads(line) for line in done.stdout.splitlines()])
+    command = [sys.executable, __file__, "--shape", args.shape, "--steps", str(args.steps), "--worker"]
+    for _ in range(args.rounds):
+        for key, rounds in results.items():
+            done = subprocess.run([*command, *key], stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                print(f"{', '.join(key)}: ended with status {done.returncode}")
+                continue
+            rounds.append([json.loads(line) for line in done.stdout.splitlines()])
+    results = {key: rounds for key, rounds in results.items() if rounds}
 
     with torch.device("meta"):
         shapes = Llama(config)
         add_lora(shapes, LoRAConfig())
     peak = peak_flops(machine)
     rows, report = [], []
+    step_tokens = micro_batches * B * T
     speed = {
-        key: B * T / statistics.median(one["seconds"] for steps in rounds for one in steps[1:])
+        key: step_tokens / statistics.median(one["seconds"] for steps in rounds for one in steps[1:])
         for key, rounds in results.items()
     }
+    first = next(iter(speed))
     for (trainer, dtype), rounds in results.items():
         tokens_per_second = speed[trainer, dtype]
         losses = [one["loss"] for one in rounds[0]]
         memory = max(one["memory"] for steps in rounds for one in steps)
+        slow = statistics.median(steps[0]["seconds"] for steps in rounds)
         rows.append(
             (
                 f"{trainer}, {dtype}",
                 f"{tokens_per_second:,.0f}",
-                f"{tokens_per_second / speed[trainers[0]]:.2f}",
+                f"{tokens_per_second / speed[first]:.2f}",
                 f"{tokens_per_second * flops_per_token(shapes, T) / peak:.1%}" if peak else "unknown",
                 f"{memory / 1e9:.2f}",
+                f"{slow:.1f}",
                 f"{losses[0]:.5f}",
                 f"{losses[-1]:.5f}",
             )
@@ -257,7 +309,16 @@ def main() -> None:
                 "losses": losses,
             }
         )
-    header = ("", "tokens/s", f"x peer's {dtypes[0]}", "MFU", "peak memory, GB", "first loss", "last")
+    header = (
+        "",
+        "tokens/s",
+        f"÷ {', '.join(first)}",
+        "MFU",
+        "peak memory, GB",
+        "first step, s",
+        "first loss",
+        "last",
+    )
     print_table(header, rows)
     if args.out:
         of_run = {"machine": machine, "torch": torch.__version__, "shape": args.shape}

@@ -1,8 +1,7 @@
 """What the command lines share: settings from a dataclass, a TOML file and flags; errors in one sentence.
 
-A program describes its settings once, as a dataclass whose fields are made with `option(default, help)`.
-`parse` turns it into `--flags`, and a field `config` into `--config FILE.toml`, a recipe of the others, and
-returns it filled. `parse_command` does so for a program of several commands, with a dataclass each.
+A program describes its settings once, as a dataclass of `option`s. `parse` fills it from `--flags`, and from
+a recipe, `--config FILE.toml`, if it has a field `config`. `parse_command` does so for several commands.
 """
 
 import argparse
@@ -29,9 +28,9 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one sentence: where, found, expected, what to do."""
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of a settings dataclass. default: a value, or REQUIRED. choices: the only values allowed."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: Sequence[str] | None = None, limits: tuple = ()) -> Any:
+    """A field of settings. default: a value or REQUIRED. choices: what is allowed; limits: from and to."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "limits": limits})
 
 
 def run(main: Callable[[], None]) -> None:
@@ -102,7 +101,10 @@ def _add_flags(parser: ArgumentParser, settings: type) -> None:
 def _fill(settings: type[Settings], flags: dict[str, Any]) -> Settings:
     flags = {name: sum(value, ()) if isinstance(value, list) else value for name, value in flags.items()}
     from_file = _read_toml(Path(flags["config"]), settings) if flags.get("config") else {}
-    return settings(**(from_file | flags))
+    filled = settings(**(from_file | flags))
+    limits = {field.name: field.metadata["limits"] for field in dataclasses.fields(settings)}
+    check_ranges(filled, {name: ends for name, ends in limits.items() if ends})
+    return filled
 
 
 def _kind(hint: Any) -> tuple[type, bool]:

@@ -10,16 +10,16 @@ With h a row of the hidden states, z = h Wᵀ its logits, p = softmax(z), and e 
 
     loss = log Σ exp(z) - z_y     d loss/d z = p - e     d loss/d h = (p - e) W     d loss/d W = (p - e)ᵀ h
 
-The step from logits to losses and p - e is in mala/loss/: PyTorch's operations for CPUs and all other
-devices, one Triton kernel for CUDA. The softmax is float32 whatever the operands, and so are the sums that
-make the two gradients. Shapes: N rows (B · T), D hidden size, V vocabulary, C rows of a chunk.
+The step from logits to losses and p - e, times the mean's 1 / count, is in mala/loss/: PyTorch's operations
+for CPUs and all other devices, one Triton kernel for CUDA. The softmax is float32 whatever the operands, and
+so are the sums that make the two gradients. Shapes: N rows (B · T), D hidden size, V vocabulary, C rows of a
+chunk.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mala.loss import cpu, triton_kernel
@@ -30,13 +30,9 @@ IGNORE_INDEX = -100
 # on a GPU. With fewer rows the products run below their full rate, and dWeight, which every chunk reads and
 # writes, costs more.
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
-
-
-def reference(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """The same by F.cross_entropy on all logits at once: to read, and for tests."""
-    logits = (hidden @ weight.to(hidden.dtype).T).float()  # (N, V)
-    total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-    return total / (targets != ignore_index).sum().clamp(min=1)
+# A GPU multiplies at full rate if every side is a multiple of 8, and 260,164 is none: cuBLAS then takes
+# kernels of older chips, half as fast. So there the last V mod 64 pieces have small products of their own.
+ALIGNMENT = 64
 
 
 def linear_cross_entropy(
@@ -45,24 +41,26 @@ def linear_cross_entropy(
     targets: Tensor,
     ignore_index: int = IGNORE_INDEX,
     implementation: str | None = None,
+    share: float | None = None,
 ) -> Tensor:
     """Mean negative log-likelihood, in nats per target, of `targets` under softmax(hidden @ weight.T).
 
     - hidden: (N, D) float32, bfloat16 or float16, the dtype of the matrix products and of the logits.
     - weight: (V, D), the weight of `lm_head`, cast to that dtype.
     - targets: (N,) int64 in [0, V), or `ignore_index`, which is left out of the mean.
-    - implementation: `reference`, `chunked` or `triton`; by default `triton` on CUDA, else `chunked`.
+    - implementation: `chunked` or `triton`; by default `triton` on CUDA, else `chunked`.
+    - share: of a micro-batch in its step. The loss is multiplied by it, and dWeight is added to `weight.grad`
+      here and now, which spares a second (V, D) and a pass over it. So call `backward()` on this loss alone.
 
     Returns a float32 scalar, 0 if every target is left out. Gradients come in the operands' dtypes. Autocast
     changes nothing. Raises ValueError for operands that do not fit and for a target outside [0, V); on CUDA
-    such a target is looked for in the first training step only, later it makes the loss NaN.
+    such a target is looked for in the first call only, later it makes the loss NaN.
     """
     is_training = torch.is_grad_enabled()
     check(hidden, weight, targets, ignore_index, is_training)
     implementation = implementation or _best(hidden)
-    if implementation == "reference":
-        return reference(hidden, weight, targets, ignore_index)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, implementation, is_training)
+    mode = (ignore_index, implementation, is_training, share)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, *mode)
 
 
 @torch.no_grad()
@@ -71,7 +69,7 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     check(hidden, weight, targets, IGNORE_INDEX, is_training=False)
     implementation = _best(hidden)
     chunks = _chunks(implementation, hidden, weight.to(hidden.dtype), targets)
-    losses = [_forward_backward(implementation, chunk, IGNORE_INDEX, None, None) for _, *chunk in chunks]
+    losses = [_forward_backward(implementation, chunk, IGNORE_INDEX) for _, *chunk in chunks]
     return torch.cat(losses) if losses else hidden.new_empty(0, dtype=torch.float32)
 
 
@@ -98,29 +96,34 @@ def _forward_backward(
     implementation: str,
     chunk: list[Tensor],
     ignore_index: int,
-    d_hidden: Tensor | None,
-    d_weight: Tensor | None,
+    scale: Tensor | None = None,
+    d_hidden: Tensor | None = None,
+    d_weight: Tensor | None = None,
     is_first: bool = True,
 ) -> Tensor:
-    """The losses of a chunk's rows, as `_chunks` yields it: (C,) float32, 0 if ignored. Their gradients are
-    added to d_hidden (C, D) and d_weight (V, D), float32, if these are given; d_weight holds nothing yet if
-    `is_first`. The memory takes C rows of V or more logits, which become p - e."""
+    """The losses of a chunk's rows, as `_chunks` yields it: (C,) float32, 0 if ignored. Their gradients times
+    `scale` are added to d_hidden (C, D) and d_weight (V, D), float32, if these are given; d_weight holds
+    nothing yet if `is_first`. The memory takes C rows of V or more logits, which become scale · (p - e)."""
     hidden, weight, targets, memory = chunk
     C, V = len(hidden), len(weight)
-    with_gradient = d_hidden is not None or d_weight is not None
+    pieces = [slice(0, V)]
     if implementation == "triton":
-        logits = torch.mm(hidden, weight.T, out=memory.view(C, -1)[:, :V])  # (C, V)
-        losses = triton_kernel.row_losses(logits, targets, ignore_index, with_gradient)
+        logits, full = memory.view(C, -1)[:, :V], V - V % ALIGNMENT  # (C, V)
+        pieces = [some for some in (slice(0, full), slice(full, V)) if some.start < some.stop]
+        for some in pieces:
+            torch.mm(hidden, weight[some].T, out=logits[:, some])
+        losses = triton_kernel.row_losses(logits, targets, ignore_index, scale)
     elif hidden.device.type == "cpu" and hidden.dtype == torch.float32:
         logits = memory.view(V, C).T
-        losses = cpu.logits_and_losses(logits, hidden, weight, targets, ignore_index, with_gradient)
+        losses = cpu.logits_and_losses(logits, hidden, weight, targets, ignore_index, scale)
     else:
         logits = torch.mm(hidden, weight.T, out=memory.view(C, V))
-        losses = cpu.row_losses(logits, targets, ignore_index, with_gradient)
-    if d_hidden is not None:
-        cpu.add_product(d_hidden, logits, weight)  # (C, V) (V, D) -> (C, D)
-    if d_weight is not None:
-        cpu.add_product(d_weight, logits.T, hidden, is_first)  # (V, C) (C, D) -> (V, D)
+        losses = cpu.row_losses(logits, targets, ignore_index, scale)
+    for some in pieces:
+        if d_hidden is not None:
+            cpu.add_product(d_hidden, logits[:, some], weight[some])  # (C, V) (V, D) -> (C, D)
+        if d_weight is not None:
+            cpu.add_product(d_weight[some], logits[:, some].T, hidden, is_first)  # (V, C) (C, D) -> (V, D)
     return losses
 
 
@@ -128,27 +131,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """`forward` forms the gradients along with the loss; `backward` scales them by the incoming gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, targets, ignore_index, implementation, is_training) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, *mode: Any) -> Tensor:
+        ignore_index, implementation, is_training, share = mode
         wants_hidden, wants_weight = (is_training and wanted for wanted in ctx.needs_input_grad[:2])
+        in_place = wants_weight and share is not None and weight.is_leaf and weight.dtype == torch.float32
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
-        d_weight = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
+        is_empty, d_weight = not in_place or weight.grad is None, None
+        if wants_weight:
+            d_weight = torch.empty_like(weight, dtype=torch.float32) if is_empty else weight.grad
+        factor = (share or 1.0) / (targets != ignore_index).sum().clamp(min=1).float()
         for rows, *chunk in _chunks(implementation, hidden, weight.to(hidden.dtype), targets):
-            d_chunk = d_hidden[rows] if wants_hidden else None
-            is_first = rows.start == 0
-            total += _forward_backward(implementation, chunk, ignore_index, d_chunk, d_weight, is_first).sum()
-        if wants_weight and not len(hidden):  # no chunk came, so nothing is written to it yet
+            gradients = [d_hidden[rows] if wants_hidden else None, d_weight]
+            scale = factor if wants_hidden or wants_weight else None
+            total += _forward_backward(implementation, chunk, ignore_index, scale, *gradients, is_empty).sum()
+            is_empty = False
+        if wants_weight and is_empty:  # no chunk came, so nothing is written to it yet
             d_weight.zero_()
-        count = (targets != ignore_index).sum().clamp(min=1).float()
-        ctx.gradients, ctx.dtypes, ctx.scale = [d_hidden, d_weight], (hidden.dtype, weight.dtype), 1 / count
-        return total / count
+        if in_place:
+            weight.grad, d_weight = d_weight, None
+        ctx.gradients, ctx.dtypes = [d_hidden, d_weight], (hidden.dtype, weight.dtype)
+        return total * factor
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:  # they were scaled in place, to hold no second copy of (V, D)
             raise RuntimeError("the loss's gradient is taken a second time; call linear_cross_entropy again")
-        gradients, ctx.gradients = ctx.gradients, None
-        scale = d_loss * ctx.scale
-        pairs = zip(gradients, ctx.dtypes)
-        d_hidden, d_weight = (None if one is None else one.mul_(scale).to(dtype) for one, dtype in pairs)
-        return d_hidden, d_weight, None, None, None, None
+        pairs, ctx.gradients = zip(ctx.gradients, ctx.dtypes), None
+        d_hidden, d_weight = (None if one is None else one.mul_(d_loss).to(dtype) for one, dtype in pairs)
+        return d_hidden, d_weight, None, None, None, None, None

@@ -4,13 +4,11 @@ A corpus is tokenised once, by as many processes as there are cores. Every corpu
 tokens of its documents, `<s>` before each (and nowhere else), as little-endian uint16, or as uint32 if the
 vocabulary takes it. `index.json` says which came from what, so that only what changed is tokenised again:
 
-    {"tokenizer": SHA-256, "dtype": "uint16", "languages": {"swh_Latn": [{"source": "swh_Latn.txt",
-        "digest": SHA-256, "file": "swh_Latn.0.bin", "text_field": null, "skip_bad_lines": false,
-        "documents": 5, "tokens": 130}, ...]}}
+    {"tokenizer": SHA-256, "dtype": "uint16", "languages": {"swh_Latn": [{"source": "swh_Latn.txt", "digest":
+        SHA-256, "file": "swh_Latn.0.bin", "documents": 5, "tokens": 130, and how it was read}, ...]}}
 
 Packing is MaLA-500's, but that nothing is cut away: everything of a language in a row, cut into blocks of
-`seq_len`, the last one filled up from the beginning. So a document longer than `seq_len` goes on in the next
-block, and attention reaches back over the borders of documents.
+`seq_len`, the last one filled up from the beginning. Attention reaches over the borders of documents.
 """
 
 import hashlib
@@ -50,8 +48,7 @@ def cores() -> int:
 
 
 def file_digests(files: list[Path], known: dict[str, Any]) -> dict[str, list]:
-    """path -> [bytes, time of the last change in ns, SHA-256 of the content]. known: an earlier answer; a
-    file of the same size and time is not read again."""
+    """path -> [bytes, time of change in ns, SHA-256]. known: an earlier answer, to read only what changed."""
 
     def digest(file: Path) -> list:
         status, entry = file.stat(), known.get(str(file.resolve()))
@@ -131,7 +128,7 @@ def _in_parallel(jobs: list[TokenFile], root: Path, packer: WordPacker) -> Itera
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(min(len(jobs), cores()), context, _start_worker, (packer,)) as pool:
         try:
-            running = {pool.submit(_work, job, root): job for job in jobs}
+            running = {pool.submit(_write_tokens, job, root): job for job in jobs}
             for done in as_completed(running):
                 yield running[done], done.result()
         except BrokenProcessPool:
@@ -158,13 +155,9 @@ def _start_worker(packer: WordPacker) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _work(job: TokenFile, root: Path) -> dict[str, Any]:
-    return _write_tokens(job, root, _packer)
-
-
-def _write_tokens(job: TokenFile, root: Path, packer: WordPacker) -> dict[str, Any]:
+def _write_tokens(job: TokenFile, root: Path, packer: WordPacker | None = None) -> dict[str, Any]:
     """Write a token file; returns its entry in the index, with how many documents and tokens it holds."""
-    documents = 0
+    packer, documents = _packer if packer is None else packer, 0
     with atomic_file(root / job.entry["file"], "wb") as file:
         for text in read_documents(job.source, job.reading):
             file.write(packer.pack(text))
@@ -209,8 +202,7 @@ class Stream:
 
 
 def open_streams(corpus: Corpus, root: Path, bos_id: int) -> dict[str, Stream]:
-    """language -> its training tokens, if there are any, from what `tokenise` left in `root`. Raises
-    UserError if no language has any."""
+    """language -> its training tokens, left in `root` by `tokenise`. Raises UserError if there are none."""
     index, streams = read_json(root / "index.json"), {}
     for language in corpus.languages:
         parts = [part for part in index["languages"].get(language, []) if part["tokens"]]
@@ -220,8 +212,7 @@ def open_streams(corpus: Corpus, root: Path, bos_id: int) -> dict[str, Stream]:
             maps = [np.memmap(root / part["file"], dtype=index["dtype"], mode="r") for part in parts]
             streams[language] = Stream(maps, total).without_last(total - end, bos_id)
     if not streams:
-        share = f"with a held-out share of {corpus.held_out}"
-        raise UserError(f"{corpus.root}: no language has a document in its train split {share}; lower it")
+        raise UserError(f"{corpus.root}: held_out {corpus.held_out} leaves no document to train on; lower it")
     return streams
 
 
@@ -237,20 +228,19 @@ class Batches:
         self.seq_len, self.batch_size = seq_len, batch_size
         shares = language_shares([stream.documents for stream in self.streams], alpha)
         rng = np.random.default_rng([seed, 0])
-        self.language_of_row = rng.choice(len(shares), size=steps * batch_size, p=shares).astype(np.uint16)
-        self.block_of_row = np.empty(steps * batch_size, dtype=np.uint32)
+        self.language_of_row = rng.choice(len(shares), (steps, batch_size), p=shares).astype(np.uint16)
+        self.block_of_row = np.empty((steps, batch_size), dtype=np.uint32)
         for index, stream in enumerate(self.streams):
             rng = np.random.default_rng([seed, 1, index])
             rows = np.flatnonzero(self.language_of_row == index)
             blocks = -(-len(stream) // seq_len)  # rounded up
             for start in range(0, len(rows), blocks):
                 once = rows[start : start + blocks]
-                self.block_of_row[once] = rng.permutation(blocks)[: len(once)]
+                self.block_of_row.flat[once] = rng.permutation(blocks)[: len(once)]
 
     def languages_of(self, step: int) -> list[str]:
         """The languages of the B rows of a step."""
-        rows = self.language_of_row[step * self.batch_size : (step + 1) * self.batch_size]
-        return [self.languages[language] for language in rows]
+        return [self.languages[language] for language in self.language_of_row[step]]
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """tokens (B, T) int64, and targets (B, T) int64, the token after each."""
@@ -258,10 +248,9 @@ class Batches:
 
     def share(self, step: int, rank: int, processes: int) -> tuple[Tensor, Tensor]:
         """What process `rank` of so many sees of a step: its part of the B rows, in order."""
-        part = self.batch_size // processes
-        first = step * self.batch_size + rank * part
-        rows = slice(first, first + part)
-        drawn = zip(self.language_of_row[rows], self.block_of_row[rows].tolist())
+        size = self.batch_size // processes
+        rows = slice(rank * size, (rank + 1) * size)
+        drawn = zip(self.language_of_row[step, rows], self.block_of_row[step, rows].tolist())
         # T + 1 tokens a row: the block and, as the last one's target, the token that follows it.
         blocks = [self.streams[index].take(block * self.seq_len, self.seq_len + 1) for index, block in drawn]
         tokens = torch.from_numpy(np.stack(blocks).astype(np.int64))  # (B / processes, T + 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mala.cli import UserError, choose_device, option, parse, run
 from mala.model import KVCache, Llama
+from mala.running.distributed import World
 from mala.storage.model_by_name import ModelSettings, find_model, load_model
 from mala.words.tokenizer import Tokenizer
 
@@ -83,7 +84,7 @@ def stream(tokenizer: Tokenizer, ids: list, new: Iterator[int]) -> Iterator[str]
 def main() -> None:
     settings = parse(Settings, __doc__.split("\n\n")[0])
     device, dtype = choose_device(settings.device, settings.dtype)
-    model, tokenizer = load_model(*find_model(settings.model, settings.adapter), dtype, device)
+    model, tokenizer = load_model(*find_model(settings.model, settings.adapter), dtype, World(device=device))
     ids = tokenizer.encode(settings.prompt, bos=True)
     print(settings.prompt, end="", flush=True)
     drawing = settings.max_tokens, settings.temperature, settings.top_p, settings.seed

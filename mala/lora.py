@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mala.cli import UserError
 from mala.model import Llama
+from mala.running.distributed import fill
 from mala.storage.adapter_config import BLOCK, ENDS_WITH, SAVEABLE, check_lora_config
 
 
@@ -82,12 +83,10 @@ def is_named(name: str, wanted: tuple[str, ...] | str) -> bool:
 class LoRALinear(nn.Linear):
     """y = W x + b + scaling · B A dropout(x):
 
-        x (B, T, D_in) ──┬───────────── W (D_out, D_in), b ───────────────┬── + ──> y (B, T, D_out)
-                         │              frozen, compute dtype             │
-                         └─ dropout ── A (R, D_in) ── B (D_out, R) ── · ──┘
-                                       trained, float32             scaling
-
-    A starts Kaiming-uniform, as nn.Linear and PEFT do, and B at zero: training starts from the base model.
+    x (B, T, D_in) ──┬───────────── W (D_out, D_in), b ───────────────┬── + ──> y (B, T, D_out)
+                     │              frozen, compute dtype             │
+                     └─ dropout ── A (R, D_in) ── B (D_out, R) ── · ──┘
+                                   trained, float32             scaling
     """
 
     def __init__(self, linear: nn.Linear, r: int, scaling: float, dropout: float):
@@ -96,8 +95,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, device=device))
         self.scaling, self.dropout = scaling, dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,12 +121,23 @@ def add_lora(model: Llama, config: LoRAConfig) -> None:
     for name in targets:
         layer = LoRALinear(model.get_submodule(name), *config.rank_and_scaling(name), config.lora_dropout)
         model.set_submodule(name, layer)
+    start_lora(model)
     # A copy: the weights may still be a map of the checkpoint's file.
     for module in saved_modules(model, config.modules_to_save).values():
         module.weight = nn.Parameter(module.weight.detach().to(torch.float32, copy=True))
     model.tie_weights()
     model.lora_config = config
     model.lora_saved = config.modules_to_save  # the modules that an adapter of this model holds whole
+
+
+def start_lora(model: Llama) -> None:
+    """A starts Kaiming-uniform, as nn.Linear and PEFT do, and B at zero: training starts from the base model.
+    A is drawn whole where only a part is kept: any number of processes start from the same bits."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            A = torch.empty(module.lora_A.shape, device=module.lora_A.device)
+            fill(module.lora_A, nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
+            module.lora_B.detach().zero_()
 
 
 @torch.no_grad()

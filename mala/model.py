@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from mala.cross_entropy import IGNORE_INDEX, linear_cross_entropy, token_nll
+from mala.cross_entropy import linear_cross_entropy, token_nll
 from mala.storage.config_json import check_config, read_config, to_config_json
 from mala.storage.files import write_json
 from mala.storage.weights import MAX_SHARD_BYTES, load_weights, write_weights
 
 MaybeTensor = Tensor | None
+MaybePair = tuple[Tensor, Tensor] | None
 
 
 @dataclass
@@ -63,27 +64,6 @@ class LlamaConfig:
         """Read `config.json`. Raises UserError if it describes no LLaMA that this file computes."""
         return read_config(Path(directory) / "config.json", cls)
 
-    @classmethod
-    def named(cls, name: str, **changes: Any) -> "LlamaConfig":
-        """One of the models in NAMED, with `changes` such as another `vocab_size`."""
-        return cls(**{**NAMED[name], **changes})
-
-
-NAMED = {
-    "llama-2-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                       num_attention_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5),
-    "llama-3.2-1b": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-                         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
-                         rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True,
-                         rope_scaling={"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
-                                       "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-                         bos_token_id=128000, eos_token_id=128001),
-    "tinyllama-1.1b": dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-                           num_attention_heads=32, num_key_value_heads=4, rms_norm_eps=1e-5),
-    "demo": dict(vocab_size=2048, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
-                 num_attention_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5),  # assets/tiny-llama
-}  # fmt: skip
-
 
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     """The angle, in radians per position, of each pair of a head's dimensions: (head_dim / 2,) float32.
@@ -117,21 +97,42 @@ class KVCache:
     """Keys and values of the tokens that a model has seen, for all layers: not to be made again."""
 
     def __init__(self, model: "Llama", batch_size: int, max_tokens: int):
-        config, like = model.config, model.model["layers"][0].self_attn.k_proj.weight  # its dtype and device
-        shape = (batch_size, config.num_key_value_heads, max_tokens, config.head_dim)
-        shape = (config.num_hidden_layers, *shape)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0  # tokens seen, S; `Llama.forward` moves it on after the last layer
-        self.max_tokens = max_tokens
+        shape = (batch_size, model.config.num_key_value_heads, max_tokens, model.config.head_dim)
+        options = {"dtype": model.compute_dtype, "device": model.lm_head.weight.device}
+        self.keys = [torch.empty(shape, **options) for _ in model.model["layers"]]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.length, self.max_tokens = 0, max_tokens  # tokens seen, S, and how many there may be
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, K, T, head_dim) of new tokens; return a layer's so far (B, K, S+T, head_dim)."""
-        end = self.length + k.shape[2]
+    def extend(self, T: int) -> list[tuple[Tensor, Tensor]]:
+        """Make room for T tokens: each layer's keys and values (B, K, S+T, head_dim), the last T to write."""
+        end = self.length + T
         if end > self.max_tokens:
             raise ValueError(f"the cache holds {self.max_tokens} tokens, {end} were given")
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.length = end
+        return [(keys[:, :, :end], values[:, :, :end]) for keys, values in zip(self.keys, self.values)]
+
+
+class Embedding(nn.Embedding):
+    """Rows of a matrix (V, D). With `into_grad` their gradients are added to the rows of `weight.grad` alone,
+    where PyTorch would make a second (V, D) and add all of it."""
+
+    def forward(self, tokens: Tensor, into_grad: bool = False) -> Tensor:
+        lookup = _Lookup.apply if into_grad and self.weight.requires_grad else F.embedding
+        return lookup(tokens, self.weight)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.tokens, ctx.weight = tokens, weight
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        if ctx.weight.grad is None:
+            ctx.weight.grad = torch.zeros_like(ctx.weight)
+        ctx.weight.grad.index_put_((ctx.tokens,), gradient, accumulate=True)  # in order, on a GPU, too
+        return None, None
 
 
 class RMSNorm(nn.Module):
@@ -151,27 +152,28 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention, H query and K key/value heads (arXiv 2305.13245): (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.H, self.K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.layer = config.head_dim, layer
-        D, bias = config.hidden_size, config.attention_bias
+        self.head_dim, D, bias = config.head_dim, config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(D, self.H * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(D, self.K * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(D, self.K * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.H * self.head_dim, D, bias=bias)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: MaybeTensor = None, cache: KVCache | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: MaybeTensor = None, cached: MaybePair = None
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.H, self.head_dim).transpose(1, 2)  # (B, H, T, head_dim)
         k = self.k_proj(x).view(B, T, self.K, self.head_dim).transpose(1, 2)  # (B, K, T, head_dim)
         v = self.v_proj(x).view(B, T, self.K, self.head_dim).transpose(1, 2)  # (B, K, T, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, K, S+T, head_dim)
-        is_causal = mask is None and k.shape[2] == T  # else a single new token sees all that the cache holds
+        if cached is not None:
+            cached[0][:, :, -T:], cached[1][:, :, -T:] = k, v
+            k, v = cached  # (B, K, S+T, head_dim) each
+        # A single new token sees all that the cache holds. (A compiler's T > 1 is no bool, but can be asked.)
+        is_causal = True if mask is None and T > 1 else False
         is_gqa = self.K != self.H
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_gqa)
         y = y.transpose(1, 2).reshape(B, T, self.H * self.head_dim)  # heads side by side again
@@ -195,17 +197,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), and to that + mlp(norm of it): (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: MaybeTensor = None, cache: KVCache | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: MaybeTensor = None, cached: MaybePair = None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cached)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -215,10 +217,10 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # else the backward pass recomputes blocks from their inputs
+        self.recomputed_blocks = 0  # of the first so many the backward pass has the inputs, no more
         self.model = nn.ModuleDict()
-        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model["layers"] = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.model["embed_tokens"] = Embedding(config.vocab_size, config.hidden_size)
+        self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -257,12 +259,13 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         positions: MaybeTensor = None,
         mask: MaybeTensor = None,
+        into_grad: bool = False,
     ) -> Tensor:
-        """tokens (B, T) int64 -> (B, T, D): what `lm_head` reads, after the last norm. By default token t
-        comes after tokens 0 .. t - 1, and after those in the cache. `positions` (B, T) and `mask` (B, 1, T,
-        T) bool, true if a token (row) sees another (column), make a row a tree, not a line (and no cache)."""
+        """tokens (B, T) int64 -> (B, T, D), what `lm_head` reads. By default token t comes after tokens 0 ..
+        t - 1, and after the S in the cache. Another order is told by `positions` (B, T) and `mask` (B, 1, T,
+        S+T) bool, true if a token (row) sees another (column)."""
         T, S, device = tokens.shape[1], cache.length if cache is not None else 0, tokens.device
-        x = self.model["embed_tokens"](tokens).to(self.compute_dtype)  # (B, T, D)
+        x = self.model["embed_tokens"](tokens, into_grad).to(self.compute_dtype)  # (B, T, D)
         if mask is None and S and T > 1:
             # Trap: SDPA's `is_causal` aligns the triangle to the top left, which is wrong once the cache
             # holds S > 0 tokens. New token t, at position S + t, sees positions 0 .. S + t.
@@ -273,38 +276,37 @@ class Llama(nn.Module):
         if angles.ndim == 3:
             angles = angles[:, None]  # (B, T, head_dim / 2) -> (B, 1, T, head_dim / 2), for all heads
         cos, sin = angles.cos(), angles.sin()
-        for block in self.model["layers"]:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, cos, sin, mask, cache, use_reentrant=False)
+        cached = cache.extend(T) if cache is not None else [None] * self.config.num_hidden_layers
+        for layer, block in enumerate(self.model["layers"]):
+            if layer < self.recomputed_blocks and torch.is_grad_enabled():
+                x = recompute(block, x, cos, sin, mask, cached[layer], use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask, cache)
-        if cache is not None:
-            cache.length += T
+                x = block(x, cos, sin, mask, cached[layer])
         return self.model["norm"](x)
 
     def forward(
         self,
         tokens: Tensor,
         targets: MaybeTensor = None,
-        cache: KVCache | None = None,
-        reduction: str = "mean",
+        places: MaybeTensor = None,
+        share: float | None = None,
+        **order: Any,
     ) -> Tensor:
         """Logits (B, T, V) of the token after each of `tokens` (B, T) int64, in the compute dtype.
 
         Given `targets` (B, T) int64, it is the mean NLL in nats per target instead. targets[b, t] is the
-        token *after* tokens[b, t], so the caller has shifted them; -100 is left out. With `reduction` "none"
-        it is the NLL of every target, (B, T) float32, 0 if one is left out, without gradients.
+        token *after* tokens[b, t], so the caller has shifted them; -100 is left out. With `places` (N,) it is
+        the NLL of each of `targets` (N,), float32, without gradients; target n comes after token t of row b
+        if places[n] is b·T + t. `share` is that of a micro-batch in its step, see `linear_cross_entropy`; for
+        training as train.py does it. order: cache, positions and mask, for `hidden_states`.
         """
-        x = self.hidden_states(tokens, cache)
+        x = self.hidden_states(tokens, into_grad=share is not None, **order)  # (B, T, D)
         if targets is None:
             return F.linear(x, self.lm_head.weight.to(x.dtype))
-        if reduction == "mean":
-            # (B, T, D) -> (N, D), (B, T) -> (N,)
-            return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        counted = targets != IGNORE_INDEX  # (B, T)
-        losses = torch.zeros(targets.shape, device=x.device)  # (B, T)
-        losses[counted] = token_nll(x[counted], self.lm_head.weight, targets[counted])
-        return losses
+        x = x.flatten(0, 1)  # (B, T, D) -> (B·T, D)
+        if places is not None:
+            return token_nll(x[places], self.lm_head.weight, targets)
+        return linear_cross_entropy(x, self.lm_head.weight, targets.flatten(), share=share)
 
     @classmethod
     def from_pretrained(

@@ -1,13 +1,13 @@
 """What a model makes of text: the NLL of documents, and the log-likelihood of labels after a context.
 
-Both are sums over tokens, in float32, and neither ever holds the logits of a batch.
+Both are sums of the tokens' NLL, each in float32, and neither ever holds the logits of a batch.
 """
 
+import itertools
 import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,33 +18,96 @@ from mala.benchmarks.measurement import Measurement
 from mala.benchmarks.results import Prediction, best_label, summarise, with_macro
 from mala.benchmarks.tasks import Example
 from mala.cli import UserError
-from mala.cross_entropy import IGNORE_INDEX, token_nll
-from mala.model import Llama
+from mala.cross_entropy import CHUNK_BYTES
+from mala.model import KVCache, Llama
 from mala.running.distributed import World
 from mala.words.tokenizer import Tokenizer
 
-# Tokens of a batch. A CPU then keeps in its caches what lies between two products; a GPU wants to be filled.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
+# Tokens of a batch at most. A CPU then keeps in its caches what lies between two products. A GPU is busy with
+# so many for longer than the host needs for the next; more would mostly be filling up to the longest row.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 MAX_LENGTH = 2048  # tokens that a model reads before a label, in the published protocol
 ALONE = World()
 Encoded = list[tuple[list[int], list[list[int]]]]  # (context, its continuations) of each example, in tokens
+# What is predicted in a row of tokens: the number of a sum, the place of the token before, the token.
+Row = tuple[list[int], list[tuple[int, int, int]]]
+Tree = tuple[Row, Row, list[int]]  # the stem; all branches, and to which each of their tokens belongs
 
 
-def batches(widths: list[int], device: torch.device, batch_size: int | None = None) -> list[list[int]]:
-    """Deal sequences out to batches by number: `batch_size` each, or as many as BATCH_TOKENS allow. The
-    longest come first, so that no later batch needs more memory."""
+def batch_tokens(model: Llama) -> int:
+    """BATCH_TOKENS, on a GPU the largest power of two up to them that its free memory takes: a little more or
+    less of it then seldom changes the batches, and with them how results are rounded."""
+    c, weight, size = model.config, model.lm_head.weight, model.compute_dtype.itemsize
+    if not weight.is_cuda:
+        return BATCH_TOKENS["cpu"]
+    free = torch.cuda.mem_get_info(weight.device)[0] - CHUNK_BYTES["cuda"] - weight.numel() * size
+    free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+    # Some logits and a head that is cast do not count. A token takes: keys and values in all layers, and the
+    # most that is held within a block, some of it in float32.
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    block = 4 * c.intermediate_size + 12 * max(c.hidden_size, c.num_attention_heads * c.head_dim)
+    tokens = min(BATCH_TOKENS["cuda"], 0.8 * free / ((cache + block) * size))
+    return 2 ** int(math.log2(max(1, tokens)))
+
+
+def batches(widths: list[int], tokens: int, batch_size: int | None = None) -> list[list[int]]:
+    """Deal sequences out to batches by number: `batch_size` each, or as many as `tokens` allow. The longest
+    come first, so that no later batch needs more memory."""
     order = sorted(range(len(widths)), key=lambda number: (widths[number], number))
     dealt = []
     while order:
-        room = batch_size or max(1, BATCH_TOKENS[device.type] // widths[order[-1]])
+        room = batch_size or max(1, tokens // widths[order[-1]])
         dealt.append([order.pop() for _ in range(min(len(order), room))])
     return dealt
 
 
-def fill_up(rows: list[list[int]], device: torch.device, filler: int = 0) -> Tensor:
-    """Rows as one tensor (B, T) int64, the shorter ones filled up on the right, where no token looks."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=device)
+def fill_up(rows: list[list[int]], device: torch.device) -> Tensor:
+    """Rows as one tensor (B, T) int64, the shorter ones filled up on the right, where no token looks. From
+    pinned memory a GPU fetches it when it comes to it, and the host does not wait."""
+    width, is_pinned = max(map(len, rows)), device.type == "cuda"
+    filled = [[*row, *[0] * (width - len(row))] for row in rows]
+    return torch.tensor(filled, dtype=torch.int64, pin_memory=is_pinned).to(device, non_blocking=True)
+
+
+def launch(model: Llama, rows: list[Row], **order: Any) -> tuple[list[int], Tensor]:
+    """Start a pass. Of all that it predicts the numbers of the sums, and the NLL (N,) in nats, on the device.
+    order: for `Llama.hidden_states`."""
+    tokens = fill_up([tokens for tokens, _ in rows], model.lm_head.weight.device)  # (B, T)
+    T, predicted = tokens.shape[1], [(b, *one) for b, (_, of_row) in enumerate(rows) for one in of_row]
+    places, targets = [b * T + place for b, _, place, _ in predicted], [token for *_, token in predicted]
+    places, targets = fill_up([places, targets], tokens.device)  # (N,) each
+    return [number for _, number, _, _ in predicted], model(tokens, targets, places, **order)
+
+
+@torch.no_grad()
+def add_up(
+    model: Llama,
+    start: Callable[[Llama, list], tuple[list[int], Tensor]],
+    parts: list,
+    widths: list[int],
+    sums: int,
+    texts: int,
+    world: World,
+    batch_size: int | None = None,
+    advance: Callable = lambda done: None,
+) -> list[float]:
+    """Deal parts, of so many tokens, out to batches, `start` these as `launch` does, and add up their NLL.
+    Processes with a sharded model take turns with the batches, and all get all sums. `advance` is told how
+    many of the texts are started. No result is read before all are: a GPU never waits for the host."""
+    was_training, device = model.training, model.lm_head.weight.device
+    model.eval()
+    dealt, started = batches(widths, world.from_main(lambda: batch_tokens(model)), batch_size), []
+    for turn in range(world.rank, len(dealt) + world.rank, world.size):
+        # A sharded model computes only when all processes do: one without a batch left repeats the last.
+        result = start(model, [parts[number] for number in dealt[min(turn, len(dealt) - 1)]])
+        if turn < len(dealt):
+            started.append(result)
+            advance(len(dealt[turn]) / len(parts) * texts)
+    totals = torch.zeros(sums, dtype=torch.float64)
+    for numbers, nll in started:  # on the CPU, in order: a GPU's own sums may come in any
+        totals.index_add_(0, torch.tensor(numbers), nll.cpu().double())
+    model.train(was_training)
+    return world.sum(totals.to(device)).tolist()
 
 
 def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -59,122 +122,93 @@ def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
         start = end - 1 - context // 2
 
 
-@torch.no_grad()
 def documents_nll(
-    model: Llama,
-    tokenizer: Tokenizer,
-    documents: list[str],
-    world: World = ALONE,
-    batch_size: int | None = None,
-    advance: Callable = lambda done: None,
+    model: Llama, tokenizer: Tokenizer, documents: list[str], world: World = ALONE, **how: Any
 ) -> tuple[list[float], list[int]]:
     """−Σ ln p over all tokens of each document after `<s>`, in nats, and how many these are. One longer than
-    the model's context is read in `windows`. Processes with a sharded model take turns with the batches, and
-    all get all figures. `advance` is told how many documents are done, in parts if they are long."""
-    was_training, device = model.training, model.lm_head.weight.device
-    model.eval()
-    encoded, cut = tokenizer.encode_batch(documents, bos=True), []
+    the model's context is read in `windows`. how: batch_size and advance, for `add_up`."""
+    encoded, rows = tokenizer.encode_batch(documents, bos=True), []
     for number, ids in enumerate(encoded):
         for start, first, end in windows(len(ids), model.config.max_position_embeddings):
-            targets = [IGNORE_INDEX] * (first - 1 - start) + ids[first:end]
-            cut.append((number, ids[start : end - 1], targets))
-    dealt = batches([len(inputs) for _, inputs, _ in cut], device, batch_size)
-    nll = [0.0] * len(documents)
-    for turn in range(world.rank, len(dealt) + world.rank, world.size):
-        # A sharded model computes only when all processes do: one without a batch left repeats the last.
-        numbers, inputs, targets = zip(*(cut[index] for index in dealt[min(turn, len(dealt) - 1)]))
-        tokens, targets = fill_up(inputs, device), fill_up(targets, device, IGNORE_INDEX)  # (B, T) each
-        losses = model(tokens, targets=targets, reduction="none").sum(1)  # (B,)
-        if turn < len(dealt):
-            for number, loss in zip(numbers, losses.tolist()):  # in order: a GPU's own sums may come in any
-                nll[number] += loss
-            advance(len(numbers) / len(cut) * len(documents))
-    model.train(was_training)
-    total = world.sum(torch.tensor(nll, dtype=torch.float64, device=device))
-    return total.tolist(), [len(ids) - 1 for ids in encoded]
+            predicted = [(number, place - 1 - start, ids[place]) for place in range(first, end)]
+            rows.append((ids[start : end - 1], predicted))
+    sizes = ([len(tokens) for tokens, _ in rows], len(documents), len(documents))
+    return add_up(model, launch, rows, *sizes, world, **how), [len(ids) - 1 for ids in encoded]
 
 
-@dataclass
-class Tree:
-    """A context c and continuations that branch off its end, here a of three tokens and b of two, in one row.
+def tree(context: list[int], continuations: dict[int, list[int]]) -> Tree:
+    """A context c and continuations that branch off it: here a of four tokens, b of three, both begin with s.
 
-    A token sees those marked in its line, its context and its own branch, and stands at the position that it
-    would have without the other branches. So one pass gives what a pass for each continuation would.
+    The *stem*, the context and what all continuations begin with, is read in a first pass, as any text; a
+    second one reads the branches. A token sees those marked in its line, the stem and its own branch, and
+    stands at the position that it would have without the other branches. So every prediction is what a pass
+    for each continuation would give. The last token of one is not read: nothing is predicted after it.
 
-        token  position   sees  c0 c1 c2   a0 a1   b0   and predicts
-        c0     0                x
-        c1     1                x  x
-        c2     2                x  x  x                 a0, b0
-        a0     3                x  x  x    x            a1
-        a1     4                x  x  x    x  x         a2
-        b0     3                x  x  x            x    b1
+        pass  token  position   sees  c0 c1  s   a1 a2   b1   and predicts
+        1     c0     0                x
+        1     c1     1                x  x                    s of a, s of b
+        1     s      2                x  x   x                a1, b1
+        2     a1     3                x  x   x   x            a2
+        2     a2     4                x  x   x   x  x         a3
+        2     b1     3                x  x   x           x    b2
     """
-
-    context: list[int]
-    continuations: dict[tuple[int, int], list[int]]  # (number of the example, of the continuation) -> tokens
-
-    @property
-    def width(self) -> int:
-        """Tokens to read: all but the last of each continuation, after which nothing is predicted."""
-        return len(self.context) + sum(len(ids) - 1 for ids in self.continuations.values())
-
-    def row(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Of its tokens: ids, positions, branches (0 is the context); and which of them predict, in order."""
-        length = len(self.context)
-        tokens, positions, branches, predicting = [*self.context], [*range(length)], [0] * length, []
-        for branch, ids in enumerate(self.continuations.values(), 1):
-            predicting += [length - 1, *range(len(tokens), len(tokens) + len(ids) - 1)]
-            tokens += ids[:-1]
-            positions += range(length, length + len(ids) - 1)
-            branches += [branch] * (len(ids) - 1)
-        return tokens, positions, branches, predicting
+    shared = os.path.commonprefix([ids[:-1] for ids in continuations.values()])  # it takes lists, too
+    cut, of_stem, of_branches, tokens, owners = len(shared), [], [], [], []
+    for number, ids in continuations.items():
+        of_stem += [(number, place, id) for place, id in enumerate(ids[: cut + 1], len(context) - 1)]
+        of_branches += [(number, place, id) for place, id in enumerate(ids[cut + 1 :], len(tokens))]
+        tokens += ids[cut:-1]
+        owners += [number] * len(ids[cut:-1])
+    # Without a branch a filler is read: another row of the batch, or another process, may have one.
+    return (context + shared, of_stem), (tokens or [0], of_branches), owners or [0]
 
 
 def trees(encoded: Encoded, max_length: int) -> list[Tree]:
     """The published cut: a model reads `max_length` tokens before a label's last one at most, the nearest. If
     a context must be cut, a longer continuation leaves it less, and only those of one length share a tree."""
-    grown = []
-    for example, (context, continuations) in enumerate(encoded):
+    grown, numbers = [], itertools.count()
+    for context, continuations in encoded:
         longest = max(map(len, continuations))
         if longest > max_length:
             found = f"a label takes {longest} tokens, and the model reads {max_length}"
             raise UserError(f"{found}; use one with a longer context")
         is_cut = len(context) + longest - 1 > max_length
         groups = defaultdict(dict)
-        for number, ids in enumerate(continuations):
-            groups[len(ids) if is_cut else longest][example, number] = ids
-        grown += [Tree(context[-(max_length + 1 - length) :], group) for length, group in groups.items()]
+        for ids in continuations:
+            groups[len(ids) if is_cut else longest][next(numbers)] = ids
+        grown += [tree(context[-(max_length + 1 - length) :], group) for length, group in groups.items()]
     return grown
 
 
-@torch.no_grad()
 def loglikelihoods(
-    model: Llama,
-    encoded: Encoded,
-    max_length: int = MAX_LENGTH,
-    batch_size: int | None = None,
-    advance: Callable = lambda done: None,
+    model: Llama, encoded: Encoded, max_length: int = MAX_LENGTH, world: World = ALONE, **how: Any
 ) -> list[list[float]]:
     """Σ ln p of the tokens of every continuation after its context, in nats. Only the positions that predict
-    a continuation's token meet `lm_head`. `advance` is told how many examples are done."""
+    a continuation's token meet `lm_head`. how: batch_size and advance, for `add_up`."""
     device = model.lm_head.weight.device
-    results = [[0.0] * len(continuations) for _, continuations in encoded]
     grown = trees(encoded, min(max_length, model.config.max_position_embeddings))
-    for numbers in batches([tree.width for tree in grown], device, batch_size):
-        batch = [grown[number] for number in numbers]
-        *rows, predicting = zip(*(tree.row() for tree in batch))
-        tokens, positions, branches = (fill_up(of_trees, device) for of_trees in rows)  # (B, T) each
-        seen, seeing = branches[:, None, :], branches[:, :, None]
-        mask = ((seen == 0) | (seen == seeing)).tril()  # (B, T, T)
-        x = model.hidden_states(tokens, positions=positions, mask=mask[:, None])  # (B, T, D)
-        x = torch.cat([of_tree[columns] for of_tree, columns in zip(x, predicting)])  # (N, D)
-        places, scored = zip(*(item for tree in batch for item in tree.continuations.items()))
-        targets = torch.tensor([token for ids in scored for token in ids], device=device)
-        nll = token_nll(x, model.lm_head.weight, targets).cpu()  # (N,)
-        for (example, number), losses in zip(places, nll.split([len(ids) for ids in scored])):
-            results[example][number] = -losses.sum().item()
-        advance(len(batch) / len(grown) * len(encoded))
-    return results
+    widths = [len(stem) + len(tokens) for (stem, _), (tokens, _), _ in grown]
+    has_branches = any(predicted for _, (_, predicted), _ in grown)  # the same at all processes
+
+    def start(model: Llama, batch: list[Tree]) -> tuple[list[int], Tensor]:
+        stems, branches, owners = zip(*batch)
+        if not has_branches:
+            return launch(model, stems)
+        lengths, owners = [len(tokens) for tokens, _ in stems], fill_up(owners, device)  # (B, T)
+        B, T, S = *owners.shape, max(lengths)
+        cache = KVCache(model, B, S + T)
+        numbers, nll = launch(model, stems, cache=cache)
+        lengths = fill_up([lengths], device).view(B, 1, 1)
+        in_stem = torch.arange(S, device=device) < lengths  # (B, 1, S)
+        in_branch = (owners[:, :, None] == owners[:, None, :]).tril()  # (B, T, T)
+        positions = lengths[:, 0] + in_branch.sum(2) - 1  # (B, T)
+        mask = torch.cat([in_stem.expand(-1, T, -1), in_branch], 2)[:, None]  # (B, 1, T, S+T)
+        more, nll_of_more = launch(model, branches, cache=cache, positions=positions, mask=mask)
+        return numbers + more, torch.cat([nll, nll_of_more])
+
+    sizes = (widths, sum(len(labels) for _, labels in encoded), len(encoded))
+    nll = iter(add_up(model, start, grown, *sizes, world, **how))
+    return [[-next(nll) for _ in labels] for _, labels in encoded]
 
 
 def encode_published(tokenizer: Tokenizer, examples: list[Example], labels: list[str]) -> Encoded:

@@ -20,26 +20,24 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from mala.cli import REQUIRED, UserError, check_ranges, choose_device, option, parse_command, run
+from mala.cli import REQUIRED, UserError, choose_device, option, parse_command, run
 from mala.storage.corpus import Corpus, language_shares
 from mala.storage.corpus_formats import Reading
 from mala.storage.files import atomic_file, write_json
 from mala.words.merges_and_scores import continue_merges, merge
-from mala.words.new_rows import INITS, extend_checkpoint
+from mala.words.new_rows import FITS, INITS, extend_checkpoint
 from mala.words.tokenizer import Tokenizer
 
 MAX_WORDS = 10_000_000  # distinct words counted at a time: about 2 GB; learning takes several times that
 MAX_LINE = 4192  # bytes; SentencePiece drops longer lines, unless it is told otherwise
+SIZES, SEEDS = (1, 2**40), (0, 2**32 - 1)  # the limits of some settings
 Texts = Mapping[str, Collection[str]]  # language -> its documents
 
 
 def sample(documents: Texts, alpha: float, seed: int, draws: int | None = None) -> Iterator[tuple[str, int]]:
-    """(document, how often it is drawn) for each document that is drawn.
-
-    There are about `draws` draws, by default as many as documents, and a language's share of them is
-    proportional to n^alpha, n its number of documents. A language that falls short of its share is repeated,
-    one beyond it is cut to a random choice. Each document is read once, so a corpus may exceed the memory.
-    """
+    """(document, how often it is drawn), in about `draws` draws, by default as many as there are documents. A
+    language's share is proportional to n^alpha, n its number of documents: if it has fewer they are repeated,
+    if more a random choice is drawn. Each document is read once, so a corpus may exceed the memory."""
     sizes = [len(texts) for texts in documents.values()]
     counts = np.ceil(language_shares(sizes, alpha) * (draws or sum(sizes))).astype(int).tolist()
     rng = np.random.default_rng(seed)
@@ -56,9 +54,9 @@ def sample(documents: Texts, alpha: float, seed: int, draws: int | None = None) 
 
 
 def count_words(drawn: Iterable[tuple[str, int]], published: bool = False) -> Counter[str]:
-    """word -> how often it occurs in the documents (text, times drawn): all that BPE learns from. A word is
-    what stands between spaces, as LLaMA's tokenizer sees it; if `published`, as SentencePiece does by
-    default: normalised (nmt_nfkc), of no longer line than MAX_LINE. Of too many the rarer half goes."""
+    """word -> how often it occurs in the documents (text, times drawn): all that BPE learns from. A word
+    stands between spaces, as for LLaMA's tokenizer; if `published`, as for SentencePiece by default:
+    normalised (nmt_nfkc), of no longer line than MAX_LINE. Of too many words the rarer half goes."""
     normalize = str
     if published:
         plain = {"add_dummy_prefix": False, "escape_whitespaces": False, "remove_extra_whitespaces": False}
@@ -78,12 +76,9 @@ def count_words(drawn: Iterable[tuple[str, int]], published: bool = False) -> Co
 
 
 def train_pieces(words: Counter[str], size: int, published: bool = False, standalone: bool = False) -> bytes:
-    """Learn a SentencePiece BPE model of `size` pieces; returns the serialized ModelProto.
-
-    The settings are LLaMA 2's, so that the pieces match text as the base tokenizer normalises it (that is,
-    not at all); if `published`, SentencePiece's defaults, as MaLA-500 had them. Pieces to be merged into a
-    base cover every character; a `standalone` tokenizer spells rare ones in bytes, as LLaMA 2's does.
-    """
+    """A SentencePiece BPE model of `size` pieces, a serialized ModelProto. The settings are LLaMA 2's, which
+    leave text as it is; if `published`, SentencePiece's defaults, as MaLA-500. Pieces for a base cover every
+    character; a `standalone` tokenizer spells rare ones in bytes. Raises UserError if words are too few."""
     if not words:
         raise UserError(f"cannot learn {size} pieces from this corpus: it holds no words")
     if size < 4:
@@ -97,13 +92,9 @@ def train_pieces(words: Counter[str], size: int, published: bool = False, standa
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
     except (RuntimeError, ValueError) as error:  # which says how many pieces the corpus yields, or needs
-        reason = " ".join(str(error).rpartition("] ")[2].split())
-        message = f"cannot learn {size} pieces from this corpus; SentencePiece says: {reason}"
-        raise UserError(message) from None
+        why = " ".join(str(error).rpartition("] ")[2].split())
+        raise UserError(f"cannot learn {size} pieces from this corpus; SentencePiece says: {why}") from None
     return model.getvalue()
-
-
-RANGES = {"size": (1, 2**30), "documents": (1, 2**40), "seed": (0, 2**32 - 1), "alpha": (0, 10)}
 
 
 @dataclass
@@ -111,17 +102,13 @@ class Learning(Reading):
     """What `train` and `merge --method continue` learn from."""
 
     data: str = option(REQUIRED, "a corpus folder; its train split is read")
-    size: int = option(REQUIRED, "number of pieces to learn")
-    alpha: float = option(0.3, "languages are sampled by n^alpha")
-    documents: int | None = option(None, "how many documents to draw; default: as many as the corpus has")
+    size: int = option(REQUIRED, "number of pieces to learn", limits=SIZES)
+    alpha: float = option(0.3, "languages are sampled by n^alpha", limits=(0, 10))
+    documents: int | None = option(None, "documents to draw; default: as many as there are", limits=SIZES)
     held_out: float = option(0.2, "last share of each language, at most 1,000 documents, not read")
-    seed: int = option(0, "decides which documents are drawn")
-
-    def __post_init__(self) -> None:
-        check_ranges(self, RANGES)
+    seed: int = option(0, "decides which documents are drawn", limits=SEEDS)
 
     def words(self, published: bool = False) -> Counter[str]:
-        """The words of the corpus, counted."""
         documents = Corpus.from_settings(self).stream("train")
         drawn = sample(documents, self.alpha, self.seed, self.documents)
         bar = tqdm(drawn, desc="counting words", unit="document", leave=False, disable=None)
@@ -152,7 +139,7 @@ class Merge(Learning):
     method: str = option("continue", "further merges, or the pieces of --new", choices=("continue", "union"))
     new: str | None = option(None, "union: the model whose pieces are added")
     data: str | None = option(None, "continue: a corpus folder; its train split is read")
-    size: int | None = option(None, "continue: number of pieces to learn")
+    size: int | None = option(None, "continue: number of pieces to learn", limits=SIZES)
     published: bool = option(False, "union: keep all scores, equal ones too, as MaLA-500")
     out: str = option(REQUIRED, "the model file to write")
 
@@ -203,16 +190,14 @@ class Extend(Reading):
     tokenizer: str = option(REQUIRED, "the merged model file")
     out: str = option(REQUIRED, "the checkpoint folder to write")
     init: str = option("subtokens", "how new rows start, see docs/vocabulary.md", choices=tuple(INITS))
-    seed: int = option(0, "of the random initialisations")
+    seed: int = option(0, "of the random initialisations", limits=SEEDS)
     data: str | None = option(None, "calibrated: a corpus folder; its train split is read")
     held_out: float = option(0.2, "calibrated: last share of each language that is not read")
     device: str = option("auto", "calibrated: where to compute", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:
-        if bool(INITS[self.init].fit) != bool(self.data):
-            fitted = ", ".join(name for name, init in INITS.items() if init.fit)
-            raise UserError(f"--init {fitted}, and only that, takes --data")
-        check_ranges(self, {"seed": RANGES["seed"]})
+        if (self.init in FITS) != bool(self.data):
+            raise UserError(f"--init {', '.join(FITS)}, and only that, takes --data")
 
     def run(self) -> None:
         merged, drawn = Tokenizer.from_pretrained(self.tokenizer), ()
@@ -220,7 +205,7 @@ class Extend(Reading):
             documents = Corpus.from_settings(self).stream("train")
             drawn = sample(documents, alpha=0.3, seed=self.seed)
         where = choose_device(self.device, "auto")
-        extend_checkpoint(Path(self.model), merged, Path(self.out), self.init, self.seed, drawn, *where)
+        extend_checkpoint(Path(self.model), merged, Path(self.out), self.init, self.seed, drawn, where)
         print(f"{self.out}: {len(Tokenizer.from_pretrained(self.model)):,} rows -> {len(merged):,}")
 
 

@@ -12,6 +12,10 @@ if (
     cores = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores))
 
+# All tests compute on the CPU, where the oracles do, but those of on_gpu.py, in a process of their own.
+if "MALA_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the oracles must not look for anything outside

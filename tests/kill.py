@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMED = ("tokens_per_second", "waiting", "peak_memory_gb", "mfu")
+TIMED = ("tokens_per_second", "waiting", "peak_memory_gb", "mfu", "first_step_seconds")
 
 
 def arguments(out: Path, steps: int) -> list[str]:

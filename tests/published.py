@@ -77,13 +77,15 @@ def loglikelihoods(model, encode, requests, batch_size=1, max_length=2048):
         chunk = order[start : start + batch_size]
         inputs = [(encoded[i][0] + encoded[i][1])[-(max_length + 1) :][:-1] for i in chunk]
         width = max(map(len, inputs))
-        logits = model(torch.tensor([ids + [0] * (width - len(ids)) for ids in inputs])).logits
+        filled = [ids + [0] * (width - len(ids)) for ids in inputs]
+        logits = model(torch.tensor(filled, device=model.device)).logits
         for i, row, ids in zip(chunk, logits, inputs):
             continuation = encoded[i][1]
             log_probabilities = torch.log_softmax(
                 row[len(ids) - len(continuation) : len(ids)].float(), dim=-1
             )
-            results[i] = log_probabilities.gather(1, torch.tensor(continuation)[:, None]).sum().item()
+            targets = torch.tensor(continuation, device=model.device)
+            results[i] = log_probabilities.gather(1, targets[:, None]).sum().item()
     return results
 
 

@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mala.lora import LoRAConfig, add_lora, trainable_parameters  # noqa: E402
+from mala.lora import LoRAConfig, add_lora, merge_lora, start_lora, trainable_parameters  # noqa: E402
 from mala.model import Llama, LlamaConfig  # noqa: E402
 from mala.running import distributed  # noqa: E402
-from mala.scoring import documents_nll  # noqa: E402
+from mala.scoring import documents_nll, loglikelihoods  # noqa: E402
+from mala.storage.model_by_name import load_model  # noqa: E402
+from mala.storage.peft_adapter import load_adapter, save_adapter  # noqa: E402
+from mala.storage.weights import fill_weights  # noqa: E402
 from mala.words.tokenizer import Tokenizer  # noqa: E402
 
 TOKENIZER = Tokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "assets/tiny-llama")
@@ -28,7 +32,7 @@ def make(tied: bool, recompute: bool, dtype: torch.dtype) -> Llama:
     model.to(dtype)
     torch.manual_seed(0)
     add_lora(model, LoRAConfig(r=3, lora_dropout=0.1))
-    model.gradient_checkpointing = recompute
+    model.recomputed_blocks = 2 * recompute
     return model.train()
 
 
@@ -80,16 +84,66 @@ def check(world: distributed.World) -> None:
         step(sharded, world.rank, world.size, dtype)
 
         # Gathered and filled in again, every bit is the same.
-        gathered = distributed.gather(parts, world)
-        assert (len(gathered) == len(parts)) if world.is_main else not gathered
-        gathered = world.from_main(lambda gathered=gathered: gathered)
+        gathered = {name: torch.cat([*distributed.parts(one)]) for name, one in parts.items()}
         for name, parameter in parts.items():
             before = parameter.to_local().clone()
             parameter.detach().to_local().zero_()
             distributed.fill(parameter, gathered[name])
             assert torch.equal(parameter.to_local(), before), name
+    check_few_shot(world, sharded, alone)
+    check_loading(world, Path(sys.argv[1]))
     raise_at = world.sum(torch.tensor(float(world.rank)))
     assert raise_at.item() == sum(range(world.size))
+
+
+def check_few_shot(world: distributed.World, sharded: Llama, alone: Llama) -> None:
+    """Few-shot scoring takes turns, too, where some batches need one pass and others two, and one is left over."""
+    for labels in ([[5], [6]], [[5], [6, 7, 8]], [[5, 6], [5, 7], [9]]):
+        encoded = [([number] * (3 + 7 * number), labels) for number in range(1, 6)]
+        expected = loglikelihoods(alone, encoded, max_length=40, batch_size=2)
+        found = loglikelihoods(sharded, encoded, max_length=40, batch_size=2, world=world)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=2e-2, atol=2e-2)
+
+
+def whole(model: Llama) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([*distributed.parts(one)]) for name, one in model.named_parameters()}
+
+
+def check_loading(world: distributed.World, folder: Path) -> None:
+    """What is filled part by part has the bits of what one process loads; A those that it draws."""
+    for tied, rows, dtype in itertools.product((False, True), (2049, 2053), (torch.float32, torch.bfloat16)):
+        base, adapter = folder / f"base {tied} {rows} {dtype}", folder / f"adapter {tied} {rows} {dtype}"
+        if world.is_main:
+            model = make(tied, False, torch.float16)
+            merge_lora(model)
+            model.half().save_pretrained(base)
+            (base / "tokenizer.model").write_bytes(TOKENIZER.model)
+            model.replace_vocabulary(*torch.randn(1 if tied else 2, rows, 32).expand(2, -1, -1))
+            add_lora(model, LoRAConfig(r=3))
+            save_adapter(model, adapter)
+        world.wait()
+        alone = Llama.from_pretrained(base, dtype)
+        load_adapter(alone, adapter)
+        sharded, _ = load_model(base, adapter, dtype, world, shard="on")
+        expected, found = dict(alone.named_parameters()), whole(sharded)
+        assert found.keys() == expected.keys() and isinstance(sharded, FSDPModule)
+        for name, tensor in expected.items():
+            assert tensor.dtype == found[name].dtype and torch.equal(found[name], tensor), name
+        # What is written as it is gathered has the bytes of what one process writes.
+        save_adapter(sharded, folder / "gathered" if world.is_main else None)
+        for file in ("adapter_model.safetensors", "adapter_config.json") if world.is_main else ():
+            assert (folder / "gathered" / file).read_bytes() == (adapter / file).read_bytes()
+
+        alone, sharded = (Llama.from_pretrained(base, dtype, device) for device in ("cpu", "meta"))
+        torch.manual_seed(3)
+        add_lora(alone, LoRAConfig(r=3))
+        add_lora(sharded, LoRAConfig(r=3))
+        distributed.shard(sharded, world)
+        fill_weights(sharded, base)
+        torch.manual_seed(3)
+        start_lora(sharded)
+        for name, tensor in whole(sharded).items():
+            assert torch.equal(alone.get_parameter(name), tensor), name
 
 
 if __name__ == "__main__":

@@ -45,6 +45,12 @@ def exact(hidden, weight, targets):
     return results(hidden, weight, targets, total / (targets != -100).sum().clamp(min=1))
 
 
+def reference(hidden, weight, targets):
+    """F.cross_entropy on all logits at once, in float32."""
+    logits = (hidden @ weight.to(hidden.dtype).T).float()
+    return F.cross_entropy(logits, targets, reduction="sum") / (targets != -100).sum().clamp(min=1)
+
+
 def error(found, expected):
     return [
         ((a - b).norm() / (b.norm() + 1e-30)).item() if b.norm() > 0 else a.norm().item()
@@ -70,14 +76,12 @@ def test_as_accurate_as_cross_entropy_on_float32_logits(
         assert loss.dtype == torch.float32 and loss.shape == ()
         found = results(hidden, weight, targets, loss)
         nll = token_nll(hidden, weight, targets)
-    theirs = results(
-        hidden, weight, targets, linear_cross_entropy(hidden, weight, targets, implementation="reference")
-    )
+    theirs = results(hidden, weight, targets, reference(hidden, weight, targets))
     expected = exact(hidden, weight, targets)
     # Both round: allow twice the reference's error, and some units in the last place of the operands.
     ulp = torch.finfo(DTYPES[dtype]).eps
-    for ours, reference in zip(error(found, expected), error(theirs, expected)):
-        assert ours <= 2 * reference + 4 * ulp, (found, theirs, expected)
+    for ours, other in zip(error(found, expected), error(theirs, expected)):
+        assert ours <= 2 * other + 4 * ulp, (found, theirs, expected)
     assert torch.allclose(nll.sum().double(), found[0] * (targets != -100).sum(), rtol=1e-4, atol=1e-5)
     assert (nll[targets == -100] == 0).all()
 
@@ -101,6 +105,54 @@ def test_the_gradient_is_the_slope_of_the_loss(implementation):
         assert (gradient * direction).sum().item() == pytest.approx(
             3 * (ends[0] - ends[1]).item() / (2 * step), rel=1e-3
         )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("v", [260_164, 50_257, 32_001, 32_000, 65, 7])
+def test_real_vocabularies_which_few_numbers_divide(v, dtype, implementation):
+    hidden, weight, targets = problem(5, 8, v, DTYPES[dtype])
+    targets[0] = v - 1  # of the last pieces, which a GPU multiplies apart
+    loss = linear_cross_entropy(hidden, weight, targets, implementation=implementation)
+    theirs = reference(hidden, weight, targets)
+    expected = exact(hidden, weight, targets)
+    found, of_theirs = (error(results(hidden, weight, targets, x), expected) for x in (loss, theirs))
+    assert all(
+        ours <= 2 * other + 4 * torch.finfo(DTYPES[dtype]).eps for ours, other in zip(found, of_theirs)
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [0, 1, 40])
+def test_micro_batches_add_up_in_the_weights_own_gradient(n, dtype, implementation, monkeypatch):
+    monkeypatch.setattr(mala.cross_entropy, "CHUNK_BYTES", {"cpu": 10_000})
+    parts, master = [problem(rows, 6, 100, dtype, seed=rows) for rows in (n, 12)], problem(1, 6, 100)[1]
+    step = 0
+    for hidden, _, targets in parts:
+        step = step + linear_cross_entropy(hidden, master, targets, implementation=implementation) / 2
+    expected = torch.autograd.grad(step, [master, *(hidden for hidden, *_ in parts)])
+    losses = 0
+    for hidden, _, targets in parts:
+        part = linear_cross_entropy(hidden, master, targets, implementation=implementation, share=0.5)
+        part.backward()
+        losses += part.detach()
+    assert losses == pytest.approx(step.item(), rel=1e-6)
+    for found, wanted in zip([master, *(hidden for hidden, *_ in parts)], expected):
+        assert found.grad.dtype == found.dtype
+        assert (found.grad - wanted).norm() <= 8 * torch.finfo(dtype).eps * wanted.norm()
+
+
+def test_a_share_of_what_cannot_be_added_in_place():
+    """A weight that is frozen, of another dtype, or the result of a computation."""
+    hidden, weight, targets = problem(12, 6, 20)
+    for other in (weight.detach(), weight.detach().bfloat16().requires_grad_(), weight * 1):
+        half = linear_cross_entropy(hidden, other, targets, share=0.5)
+        whole = linear_cross_entropy(hidden, other, targets)
+        wanted = [x for x in (hidden, other) if x.requires_grad]
+        pairs = zip(torch.autograd.grad(half, wanted), torch.autograd.grad(whole, wanted))
+        assert half.item() == pytest.approx(whole.item() / 2)
+        assert all(torch.allclose(2 * a, b, rtol=1e-2, atol=1e-4) for a, b in pairs)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -242,7 +294,7 @@ if INTERPRETED:
 
     def test_the_kernel_reads_nothing_for_a_target_that_has_no_row():
         logits = torch.randn(3, 8)
-        found = triton_kernel.row_losses(logits, torch.tensor([8, -100, -1]), -100, with_gradient=True)
+        found = triton_kernel.row_losses(logits, torch.tensor([8, -100, -1]), -100, torch.tensor(1.0))
         assert found[[0, 2]].isnan().all() and found[1] == 0 and not logits[1].any()
 
     def test_the_kernel_finds_rows_beyond_2_to_the_31():
@@ -250,7 +302,7 @@ if INTERPRETED:
         logits = torch.empty(2 * 2**30 + 8, dtype=torch.float16).as_strided((3, 8), (2**30, 1))
         logits.copy_(torch.arange(24).view(3, 8) / 4)
         expected = F.cross_entropy(logits.float(), torch.tensor([1, 2, 3]), reduction="none")
-        found = triton_kernel.row_losses(logits, torch.tensor([1, 2, 3]), -100, with_gradient=True)
+        found = triton_kernel.row_losses(logits, torch.tensor([1, 2, 3]), -100, torch.tensor(1.0))
         assert torch.allclose(found, expected) and logits.sum().abs() < 1e-2
 
 else:

@@ -92,7 +92,7 @@ def test_blocks_are_those_of_mala_500s_grouping(tmp_path):
     batches = Batches(
         {"amu_Latn": stream}, seq_len=256, batch_size=1, steps=3 * (len(together) // 256), alpha=0.3, seed=0
     )
-    blocks = {int(block): batches[step][0][0].tolist() for step, block in enumerate(batches.block_of_row)}
+    blocks = {int(block): batches[step][0][0].tolist() for step, [block] in enumerate(batches.block_of_row)}
     for block in range(len(together) // 256):
         assert blocks[block] == together[256 * block : 256 * (block + 1)]
 
@@ -300,7 +300,7 @@ def test_languages_are_drawn_by_n_to_the_alpha(alpha):
     _, batches = make_batches(sizes, alpha=alpha, steps=5000)
     expected = np.array([10, 1000, 100]) ** alpha
     expected /= expected.sum()
-    drawn = np.bincount(batches.language_of_row, minlength=3) / 20_000
+    drawn = np.bincount(batches.language_of_row.flat, minlength=3) / 20_000
     assert np.all(np.abs(drawn - expected) < 4 * np.sqrt(expected * (1 - expected) / 20_000))
 
 

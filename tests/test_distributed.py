@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,10 @@ import torch
 from conftest import ROOT, one_thread
 from safetensors.torch import load_file
 from test_train import succeed as succeed_here
+
+from mala.lora import LoRAConfig, add_lora, trainable_parameters
+from mala.model import Llama, LlamaConfig
+from mala.storage.peft_adapter import save_adapter
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 SETTINGS = ["--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "400", "--seq-len", "32", "--batch-size", "8", "--warmup-steps",
@@ -74,15 +79,67 @@ def test_a_checkpoint_of_one_number_of_processes_goes_on_with_another(runs, of, 
         assert (found[name] - tensor).abs().max() < 1e-3 and found[name].shape == tensor.shape
 
 
-def test_a_sharded_model_computes_what_the_whole_one_does():
-    done = subprocess.run(
-        [*TORCHRUN, "2", ROOT / "tests/sharded.py"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=120,
-    )
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_sharded_model_computes_what_the_whole_one_does(processes, tmp_path):
+    done = subprocess.run([*TORCHRUN, str(processes), ROOT / "tests/sharded.py", tmp_path], capture_output=True, text=True,
+                          env=ENVIRONMENT, timeout=120)  # fmt: skip
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="the memory of a process is read from Linux's /proc"
+)
+def test_two_processes_never_hold_much_more_than_half_of_a_model(tmp_path):
+    """0.6 of what a process alone would hold, and the largest part that FSDP gathers at once, here a block."""
+    model = Llama(LlamaConfig(vocab_size=2048, hidden_size=512, intermediate_size=1376, num_hidden_layers=48,
+                              num_attention_heads=8)).to(torch.bfloat16)  # fmt: skip
+    model.init_weights(0)
+    model.save_pretrained(tmp_path / "base")  # float32 in memory, which a map of this file is not
+    shutil.copy(ROOT / "assets/tiny-llama/tokenizer.model", tmp_path / "base")
+    add_lora(model, LoRAConfig(r=1))
+    save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "data").mkdir()
+    texts = (ROOT / "assets/demo/sib200/swh_Latn/train.tsv").read_text(encoding="utf-8").splitlines()[1:6]
+    (tmp_path / "data/swh_Latn.txt").write_text(
+        "\n".join(text.split("\t")[2] for text in texts), encoding="utf-8"
+    )
+    command = [*TORCHRUN, "2", ROOT / "tests/sharded_memory.py", ROOT / "assets/tiny-llama"]
+    command += [tmp_path / name for name in ("base", "adapter", "data", "out")]
+    # What is freed goes back to the system at once, so that the memory of the process is what it holds.
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | returned, timeout=300)
+    assert done.returncode == 0, done.stderr
+    measured = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(measured) == 2
+
+    parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
+    trained = 4 * sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    block = 4 * sum(parameter.numel() for parameter in model.model["layers"][0].parameters())
+    with_moments = parameters + 2 * trained
+    allowed = dict.fromkeys(("loading", "evaluating"), 0.6 * parameters + block)
+    allowed |= dict.fromkeys(("measuring", "saving"), 0.6 * with_moments + block)
+    allowed["training"] = (
+        0.6 * with_moments + block + trained
+    )  # the gradients are whole until they are averaged
+    for most in measured:
+        assert most["gathering"] < 2**24, most  # one of 16 such tensors, and less
+        for stage, size in allowed.items():
+            assert parameters / 2 < most[stage] < size, f"{stage}: {most[stage]:,} bytes of {parameters:,}"
+
+
+@pytest.mark.parametrize("bench", ["nll", "taxi1500"])
+def test_an_evaluation_that_shares_the_model_gives_the_predictions_of_one_process(bench, tmp_path):
+    args = ["evaluate.py", "--bench", bench, "--langs", "swh_Latn,amh_Ethi", "--limit", "7", "--batch-size", "2",
+            "--model", ROOT / "assets/tiny-llama"]  # fmt: skip
+    with one_thread():
+        succeed_here(*args, "--out", tmp_path / "one")
+    command = [*TORCHRUN, "2", *args, "--shard", "on", "--out", tmp_path / "two"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert (two / "predictions.jsonl").read_bytes() == (one / "predictions.jsonl").read_bytes()
+    kept = [sorted(file.name for file in (folder / "done").iterdir()) for folder in (one, two)]
+    assert kept[0] == kept[1]  # so either goes on with what the other has done
 
 
 def start_and_signal(out, number, to_torchrun=False):

@@ -19,8 +19,10 @@ from conftest import ROOT, SHARED, one_thread, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import succeed
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import evaluate
+from mala.benchmarks import measurement
 from mala.model import Llama
 
 TINY = ROOT / "assets/tiny-llama"
@@ -297,6 +299,61 @@ def test_two_processes_give_the_same_bytes(tmp_path):
     assert started.stdout.count("macro-average  ") == 1 and started.stdout.count("is a bundled sample") == 2
 
 
+def test_compiled_blocks_predict_the_same_and_are_compiled_a_few_times(tmp_path, monkeypatch):
+    counter, compile_module = CompileCounterWithBackend("eager"), torch.nn.Module.compile
+
+    def measure(compile):
+        args = ["--bench", "sib200", "--langs", "swh_Latn,eng_Latn", "--limit", "6", "--device", "cpu"]
+        args += ["--compile", compile, "--out", str(tmp_path / compile)]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
+        evaluate.main()
+        return predictions(tmp_path / compile)
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compile_module(self, **how, backend=counter)
+    )
+    torch._dynamo.reset()
+    expected = measure("auto")
+    assert counter.frame_count == 0  # not on a CPU
+    for line, same in zip(measure("on"), expected, strict=True):
+        assert line["loglikelihoods"] == pytest.approx(same["loglikelihoods"], abs=1e-4)
+    assert 2 <= counter.frame_count <= 5
+    torch._dynamo.reset()
+
+
+NUMBERS = st.lists(st.integers(0, 2**16 - 1), min_size=2, max_size=50)
+
+
+@given(NUMBERS, st.data(), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+def test_a_checksum_knows_every_number_and_its_place(numbers, data, dtype):
+    def checksum(numbers):
+        integers = torch.tensor(numbers, dtype=torch.int32)
+        tensor = integers.view(dtype) if dtype == torch.float32 else integers.to(torch.int16).view(dtype)
+        return measurement.checksum(torch.nn.Parameter(tensor.view(-1, 1)))
+
+    i, j = (data.draw(st.integers(0, len(numbers) - 1)) for _ in "ij")
+    signed = numbers if dtype == torch.float32 else [(n + 2**15) % 2**16 - 2**15 for n in numbers]
+    total = sum((2 * place + 1) * number for place, number in enumerate(signed))
+    assert (checksum(numbers) - total) % 2**64 == 0
+    other = [*numbers]
+    other[i] = data.draw(st.integers(0, 2**16 - 1))
+    assert (checksum(other) == checksum(numbers)) == (other == numbers)
+    other = [*numbers]
+    other[i], other[j] = numbers[j], numbers[i]
+    assert (checksum(other) == checksum(numbers)) == (other == numbers)
+
+
+def test_a_checksum_of_a_large_tensor_is_added_up_in_parts():
+    tensor = torch.randn(2**16 + 3)
+    changed = tensor.clone()
+    changed[-1], changed[7] = tensor[7], tensor[-1]
+    expected = sum((2 * i + 1) * number for i, number in enumerate(tensor.view(torch.int32).tolist()))
+    assert (measurement.checksum(tensor) - expected) % 2**64 == 0
+    assert (
+        measurement.checksum(changed) != measurement.checksum(tensor) == measurement.checksum(tensor.clone())
+    )
+
+
 @given(st.lists(st.integers(0, 1000), max_size=40), st.integers(1, 9))
 def test_every_job_is_dealt_out_once_and_evenly(sizes, processes):
     hands = evaluate.deal(sizes, processes)
@@ -490,7 +547,7 @@ MISTAKES = {
     "--adapter orphan": "orphan/adapter_config.json: names no base_model_name_or_path; give the base with --model",
     "--bench nll --data corpus --langs swh_Latn,zul_Latn": "corpus: zul_Latn has no document in its test split",
     "--langs-file empty.txt": "empty.txt: no languages; expected one a line",
-    "--split dev": "/dev.tsv: there is no such file; the dev split of amh_Ethi is expected there",
+    "--split dev": "/dev.tsv: there is no such file; expected the dev split of amh_Ethi",
     "--model nowhere": "nowhere/config.json: there is no such file",
     "--model no-such/model": "no-such/model: there is no such folder, and the Hugging Face hub does not give it",
     "--compare a.json": "--compare is given 1 files, expected two",

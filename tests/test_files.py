@@ -1,6 +1,7 @@
 """mala.storage.files and mala.storage.weights: safe writing, shards, what a full disk does."""
 
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -8,11 +9,14 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from mala.cli import UserError
 from mala.model import Llama
 from mala.storage.files import atomic_directory, atomic_file, write_json
-from mala.storage.weights import INDEX, WEIGHTS, write_weights
+from mala.storage.weights import DTYPES, INDEX, WEIGHTS, write_tensors, write_weights
 
 
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
@@ -65,6 +69,29 @@ def test_saving_again_leaves_no_stale_shard(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of a file as Linux does")
+@given(seed=st.integers(0, 10**9), count=st.integers(0, 30))
+@settings(deadline=None, max_examples=30)
+def test_a_file_has_the_bytes_that_safetensors_writes(seed, count, tmp_path_factory):
+    folder, draw = tmp_path_factory.mktemp("files"), random.Random(seed)
+    tensors = {}
+    for number in range(count):
+        shape = [draw.randint(0, 5) for _ in range(draw.randint(0, 3))]
+        tensors[f'{draw.randint(0, 99)}.é"{number}'] = torch.randn(shape).mul(9).to(draw.choice([*DTYPES]))
+    save_file(tensors, folder / "theirs", {"format": "pt"})
+    write_tensors(folder / "ours", tensors)
+    assert (folder / "ours").read_bytes() == (folder / "theirs").read_bytes()
+    found = load_file(folder / "ours")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_tensors_that_share_memory_or_lie_across_it_are_written_each(tmp_path):
+    matrix = torch.randn(3, 4)
+    write_tensors(tmp_path / "file", {"a": matrix, "b": matrix, "c": matrix.T, "d": matrix[:, 1]})
+    found = load_file(tmp_path / "file")
+    assert torch.equal(found["a"], matrix) and torch.equal(found["b"], matrix)
+    assert torch.equal(found["c"], matrix.T) and torch.equal(found["d"], matrix[:, 1])
+
+
 def test_a_disk_that_is_full_is_one_sentence_and_leaves_nothing(tmp_path):
     """A limit on the size of files stands in for it: the write fails in the same place."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731

@@ -12,9 +12,10 @@ from conftest import ROOT, SHARED, tiny_config
 from safetensors.torch import load_file, save_file
 
 from mala.cli import UserError
-from mala.model import NAMED, KVCache, Llama, LlamaConfig
+from mala.model import KVCache, Llama, LlamaConfig
 from mala.storage.config_json import fields_of, read_config
 from mala.storage.weights import INDEX, WEIGHTS
+from tools.known_models import NAMED, named
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -165,10 +166,26 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokens):
     gradients = []
     for recompute in (False, True):
         model = Llama.from_pretrained(tmp_path)
-        model.gradient_checkpointing = recompute
+        model.recomputed_blocks = 2 * recompute
         model(tokens, targets=tokens).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("embed_tokens",), ("lm_head",)])
+def test_shares_of_a_step_give_its_gradients(tied, frozen, tokens):
+    model = Llama(tiny_config(tie_word_embeddings=tied))
+    model.init_weights(0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rows = [tokens[:1], tokens[1:2]]
+    expected = torch.autograd.grad(sum(model(row, targets=row) / 2 for row in rows), wanted)
+    for row in rows:
+        model(row, targets=row, share=0.5).backward()
+    assert all(torch.allclose(a.grad, b, atol=1e-7) for a, b in zip(wanted, expected))
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
 
 
 def test_a_loss_without_targets_is_zero_and_has_no_gradient(tmp_path, tokens):
@@ -327,12 +344,12 @@ def test_named_models_are_the_published_ones():
     if SHARED.exists():
         files["llama-3.2-1b"] = SHARED / "llama3/config.json"
     for name, file in files.items():
-        assert LlamaConfig.named(name) == read_config(file, LlamaConfig), name
+        assert named(name) == read_config(file, LlamaConfig), name
     sizes = {"llama-2-7b": 6_738_415_616, "llama-3.2-1b": 1_235_814_400, "tinyllama-1.1b": 1_100_048_384}
     assert NAMED.keys() == sizes.keys() | {"demo"}
     for name, size in sizes.items():
         with torch.device("meta"):
-            assert sum(p.numel() for p in Llama(LlamaConfig.named(name)).parameters()) == size, name
+            assert sum(p.numel() for p in Llama(named(name)).parameters()) == size, name
 
 
 def test_configs_of_the_hub_load(tmp_path):

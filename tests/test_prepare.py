@@ -185,7 +185,7 @@ def test_a_checkpoint_may_have_another_name_and_what_came_after_it_stays_aside(w
     shutil.copytree(out / "best", out / "checkpoints/step-4")
     train(*SHORT, "--out", out, "--resume", out / "checkpoints/step-4", "--keep", 1)
     assert (out / "checkpoints/step-4").is_dir()  # the same command, given again, asks for it
-    assert "resume is atuo, expected auto, never or the folder of a checkpoint" in train(
+    assert "resume is atuo, expected auto, never or a checkpoint's folder" in train(
         *SHORT, "--resume", "atuo", "--out", out
     )
 
@@ -215,9 +215,7 @@ def test_fewer_steps_than_there_are_is_a_mistake(out, train):
 
 def test_two_runs_do_not_write_into_one_folder(out, tmp_path, train):
     with lock(out):
-        assert "out: another run is writing here; wait for it, or name another folder" in train(
-            *SHORT, "--out", out
-        )
+        assert "out: another run is writing here; wait, or name another folder" in train(*SHORT, "--out", out)
     assert "this run is finished" in train(*SHORT, "--out", out)
 
 
@@ -226,7 +224,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, train):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("of another program")
     message = train(*SHORT, "--out", tmp_path / "out")
-    assert "out: the folder holds something that is no result of train.py" in message
+    assert "out: holds something that is no result of train.py" in message
     assert "6 steps" in train(*SHORT, "--out", tmp_path / "new", "--tokens", tmp_path / "tokens")
     assert not (tmp_path / "new/tokens").exists() and (tmp_path / "tokens/swh_Latn.0.bin").exists()
     for file in ("out/checkpoints/best.pt", "tokens/pytorch_model.bin"):
@@ -336,7 +334,10 @@ def test_held_out_text_is_measured_on_the_way_and_the_pictures_are_drawn(tmp_pat
     assert [line["step"] for line in lines] == [2, 3, 4, 6]
     assert [line["step"] for line in lines if "languages" in line] == [3, 6]
     for line in lines:
-        assert line.keys() >= {"loss", "lr", "grad_norm", *TIMED} - {"mfu"} and 0 <= line["waiting"] <= 1
+        assert (
+            line.keys() >= {"loss", "lr", "grad_norm", *TIMED} - {"mfu", "first_step_seconds"}
+            and 0 <= line["waiting"] <= 1
+        )
     measured = lines[1]
     assert measured["languages"].keys() == {"amh_Ethi", "swh_Latn"}
     assert measured["nll_per_document"] == pytest.approx(sum(measured["languages"].values()) / 2)

@@ -19,6 +19,7 @@ import train
 from mala.cli import UserError
 from mala.lora import LoRAConfig, add_lora
 from mala.model import Llama
+from mala.running.distributed import World
 from mala.storage.corpus import Corpus
 from mala.storage.model_by_name import load_model
 from mala.storage.peft_adapter import merge_checkpoint, save_adapter
@@ -313,7 +314,7 @@ def test_a_tokenizer_travels_whole(tmp_path):
         shutil.copyfile(tmp_path / "c" / name, only_json / name)
     merge_checkpoint(plain, only_json, tmp_path / "d")
     assert not (tmp_path / "d/tokenizer.model").exists()
-    _, tokenizer = load_model(plain, only_json, torch.float32, "cpu")
+    _, tokenizer = load_model(plain, only_json, torch.float32, World())
     assert isinstance(tokenizer, JsonTokenizer) and tokenizer.encode("Habari") == longer.encode("Habari")
 
     for wrong, told in (

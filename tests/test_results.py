@@ -237,7 +237,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path):
 def test_lists_of_languages(tmp_path):
     file = tmp_path / "list.tsv"
     file.write_bytes("\ufefflanguage\tis_seen\r\nswh_Latn\t1\r\n\r\namh_Ethi\t0\r\n".encode())
-    assert results.read_languages(file) == {"swh_Latn", "amh_Ethi"}
+    assert comparison.read_languages(file) == {"swh_Latn", "amh_Ethi"}
     file.write_bytes(b"\xff\n")
     with pytest.raises(UserError, match=r"list\.tsv: line 1 is not UTF-8"):
-        results.read_languages(file)
+        comparison.read_languages(file)

@@ -1,7 +1,10 @@
 """mala.scoring against transformers' loss, its windows against one long pass, its trees against one pass for
-every label."""
+every label, batches of all sizes against compiled blocks and a GPU's memory."""
 
 import math
+import random
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +12,15 @@ import transformers
 from conftest import ROOT, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from mala import model as model_file
 from mala import scoring
 from mala.benchmarks.tasks import SIB200, Example
 from mala.cli import UserError
-from mala.model import Llama
+from mala.model import KVCache, Llama
 from mala.scoring import documents_nll, loglikelihoods, nll_by_language, windows
 from mala.storage.corpus import Corpus
 from mala.words.tokenizer import Tokenizer
@@ -86,7 +93,11 @@ def test_figures():
 RANDOM = Llama(tiny_config(vocab_size=50, max_position_embeddings=40, initializer_range=0.3))
 RANDOM.init_weights(0)
 IDS = st.integers(0, 49)
-CONTINUATIONS = st.lists(st.lists(IDS, min_size=1, max_size=9), min_size=1, max_size=5)
+CONTINUATIONS = st.builds(  # often several begin alike
+    lambda alike, lists: [alike + ids for ids in lists],
+    st.lists(IDS, max_size=3),
+    st.lists(st.lists(IDS, min_size=1, max_size=6), min_size=1, max_size=5),
+)
 
 
 @given(
@@ -97,7 +108,7 @@ CONTINUATIONS = st.lists(st.lists(IDS, min_size=1, max_size=9), min_size=1, max_
 @settings(deadline=None, max_examples=25)
 def test_a_tree_gives_what_one_pass_for_every_continuation_gives(encoded, max_length, batch_size):
     done = []
-    ours = loglikelihoods(RANDOM, encoded, max_length, batch_size, done.append)
+    ours = loglikelihoods(RANDOM, encoded, max_length, batch_size=batch_size, advance=done.append)
     assert sum(done) == pytest.approx(len(encoded)) and len(ours) == len(encoded)
     for (context, continuations), scores in zip(encoded, ours):
         for continuation, score in zip(continuations, scores, strict=True):
@@ -114,22 +125,129 @@ def test_a_label_longer_than_the_context_is_refused():
 
 def test_only_label_positions_meet_the_head(monkeypatch):
     rows = []
-    counting = scoring.token_nll
-    monkeypatch.setattr(scoring, "token_nll", lambda x, *rest: rows.append(len(x)) or counting(x, *rest))
+    counting = model_file.token_nll
+    monkeypatch.setattr(model_file, "token_nll", lambda x, *rest: rows.append(len(x)) or counting(x, *rest))
     loglikelihoods(RANDOM, [([1] * 30, [[2], [3, 4, 5]]), ([6] * 20, [[7, 8]])])
     assert sum(rows) == 1 + 3 + 2
 
 
+@pytest.mark.parametrize(
+    "continuations, passes",
+    [
+        ([[2], [3], [4]], [3]),
+        ([[9, 2], [9, 3], [9, 4]], [4]),  # what all begin with belongs to the stem
+        ([[9, 2]], [4]),
+        ([[9, 2], [3], [9, 4]], [3, 2]),
+        ([[9, 5, 2], [9, 3], [9, 5, 6, 4]], [4, 3]),
+    ],
+)
+def test_a_second_pass_reads_what_continuations_have_of_their_own(monkeypatch, continuations, passes):
+    """Tokens of each pass: the context's three and those that all share, then the others but each last one."""
+    read, hidden_states = [], RANDOM.hidden_states
+    monkeypatch.setattr(
+        RANDOM,
+        "hidden_states",
+        lambda tokens, **how: read.append(tokens.shape[1]) or hidden_states(tokens, **how),
+    )
+    loglikelihoods(RANDOM, [([6, 7, 8], continuations)])
+    assert read == passes
+
+
+def test_compiled_blocks_serve_batches_of_all_sizes():
+    """One graph a pass, and one where two sizes were equal when it was compiled; not one a layer or a batch."""
+    torch._dynamo.reset()
+    model = Llama(tiny_config(vocab_size=2048, num_hidden_layers=3, max_position_embeddings=200))
+    model.init_weights(0)
+    model.eval()
+    generator = random.Random(0)
+    encoded = [
+        (
+            [generator.randrange(2048) for _ in range(generator.randrange(5, 99))],
+            [[1, 2, 3], [1, 4], [1, 5, 6, 7]],
+        )
+        for _ in range(26)
+    ]
+    documents = DEMO["eng_Latn"][:12]
+
+    def measure():
+        few_shot = [loglikelihoods(model, encoded, batch_size=size) for size in (4, 5, 7)]
+        return torch.tensor(few_shot), [
+            documents_nll(model, TOKENIZER, documents, batch_size=n)[0] for n in (2, 5)
+        ]
+
+    expected, expected_nll = measure()
+    counter = CompileCounterWithBackend("eager")
+    for block in model.model["layers"]:
+        block.compile(dynamic=True, backend=counter)
+    found, nll = measure()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(nll), torch.tensor(expected_nll), rtol=1e-5, atol=1e-5)
+    assert 3 <= counter.frame_count <= 6
+    torch._dynamo.reset()
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made within it hold at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.nbytes() and storage._cdata not in self.held:
+                self.held[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.let_go, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def let_go(self, key):
+        self.now -= self.held.pop(key)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"intermediate_size": 400}, {"num_key_value_heads": 2, "intermediate_size": 1024}, {"head_dim": 64}],
+)
+def test_a_gpus_batches_fit_its_free_memory(monkeypatch, sizes, dtype):
+    shape = dict(
+        vocab_size=64, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8
+    )
+    model = Llama(tiny_config(**{**shape, "num_key_value_heads": 8, **sizes})).to(dtype)
+    model.init_weights(0)
+    with torch.no_grad(), Peak() as memory:
+        model.hidden_states(torch.zeros(4, 256, dtype=torch.int64), cache=KVCache(model, 4, 256))
+    weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), numel=lambda: 10**6)
+    on_gpu = SimpleNamespace(config=model.config, lm_head=SimpleNamespace(weight=weight), compute_dtype=dtype)
+    head = scoring.CHUNK_BYTES["cuda"] + 10**6 * dtype.itemsize
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 10**6)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 10**6)
+    for free in (10**7, 2 * 10**7, 5 * 10**7):  # beyond the head; 2 MB of it PyTorch keeps unused
+        monkeypatch.setattr(
+            torch.cuda, "mem_get_info", lambda device, free=free: (free + head - 2 * 10**6, 10**11)
+        )
+        tokens = scoring.batch_tokens(on_gpu)
+        assert 0.3 * free < tokens * memory.peak / 1024 < 0.9 * free
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
+    assert scoring.batch_tokens(on_gpu) == scoring.BATCH_TOKENS["cuda"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 10**11))
+    assert scoring.batch_tokens(on_gpu) == 1
+
+
 @given(widths=st.lists(st.integers(1, 3000)), batch_size=st.none() | st.integers(1, 5))
 def test_batches_hold_every_sequence_once_and_no_more_than_fits(widths, batch_size):
-    dealt = scoring.batches(widths, torch.device("cpu"), batch_size)
+    dealt = scoring.batches(widths, 1024, batch_size)
     assert sorted(number for batch in dealt for number in batch) == list(range(len(widths)))
     assert [widths[number] for batch in dealt for number in batch] == sorted(widths, reverse=True)
     for batch in dealt:
         if batch_size:
             assert len(batch) <= batch_size
         else:
-            assert len(batch) == 1 or len(batch) * widths[batch[0]] <= scoring.BATCH_TOKENS["cpu"]
+            assert len(batch) == 1 or len(batch) * widths[batch[0]] <= 1024
 
 
 def test_natural_and_published_encodings():

@@ -177,7 +177,7 @@ def test_the_seed_decides_every_bit(tmp_path):
 
 def test_accumulation_and_recomputation_change_no_loss(tmp_path):
     losses = []
-    for i, more in enumerate([[], ["--micro-batch-size", "1", "--gradient-checkpointing"]]):
+    for i, more in enumerate([[], ["--micro-batch-size", "1", "--gradient-checkpointing", "on"]]):
         succeed("train.py", *SHORT, "--lora-dropout", "0", *more, "--out", tmp_path / str(i))
         losses.append(
             [
@@ -362,7 +362,7 @@ def test_a_setting_that_makes_no_sense_is_refused_and_an_earlier_run_stays(tmp_p
         (["--extend-vocab", "900000"], "cannot learn 900000 pieces"),
         (["--model", tmp_path / "out/base"], "out/base: lies in --out"),
         (["--data", tmp_path / "out/base"], "out/base: lies in --out"),
-        ([], "out: the folder holds something that is no result of train.py"),
+        ([], "out: holds something that is no result of train.py"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
         (["--r", "0"], "r is 0, expected a whole number from 1 to 65,536"),
     ]:

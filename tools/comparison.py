@@ -117,3 +117,11 @@ def print_comparison(result: dict[str, Any]) -> None:
     surely = f"with p < 0.05 (paired; {0.05 * count:.1f} expected by chance) {surely}"
     found = f"B is better in {total['won']} languages and worse in {total['lost']} of {count}"
     print(f"{what}: {found}; {surely}")
+
+
+def read_languages(file: Path) -> set[str]:
+    """The first column of a list of languages (a header and further columns do not matter)."""
+    listed = {line.split("\t")[0].strip() for _, line in read_lines(file)} - {"", "language"}
+    if not listed:
+        raise UserError(f"{file}: no languages; expected one a line, such as swh_Latn")
+    return listed

@@ -2,34 +2,25 @@
 
 import math
 import os
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, product
 
 import torch
 
 from mala.cli import choose_device
 from mala.lora import add_lora, parameter_report
 from mala.model import Llama, LlamaConfig
-from mala.running.flops import flops_per_token
+from mala.running.distributed import World
 from mala.running.settings import Settings
 from mala.storage.corpus import Corpus
 from mala.words.tokenizer import Tokenizer
-from tools.gpus import peak_flops
-from tools.memory_plan import memory_plan
+from tools.gpus import flops_per_token, peak_flops
+from tools.memory_plan import memory_plan, recomputed_blocks, room, step_of
 from tools.tables import print_table
 
-GPU_SIZES = (16, 24, 32, 40, 48, 64, 80, 96, 141, 192)  # GB
-
-
-@dataclass
-class Sizes:
-    """Tokens a block; blocks a step, of all processes; blocks a forward pass, of each; processes; steps."""
-
-    seq_len: int
-    batch_size: int
-    micro_batch_size: int
-    processes: int
-    steps: int
+# GB on the box -> what PyTorch finds on the least of such cards: a part is the driver's.
+GPU_SIZES = {16: 14.6, 24: 22.0, 32: 31.3, 40: 39.3, 48: 44.3, 80: 79.0, 96: 93.0, 141: 139.0, 192: 178.0}
+GPU_SIZES = {size: round(gib * 2**30) for size, gib in GPU_SIZES.items()}
 
 
 def dry_run(settings: Settings) -> None:
@@ -38,17 +29,14 @@ def dry_run(settings: Settings) -> None:
     Nothing is written. No weights need be there yet, nor the GPU for which --device cuda plans.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch_size = settings.micro_batch(processes)
+    settings.micro_batch(processes)  # a mistake in it is every process's
     if int(os.environ.get("RANK", "0")) > 0:
         return
     device, dtype = choose_device(settings.device, settings.dtype, is_plan=True)
     tokenizer = Tokenizer.from_pretrained(settings.model)
     model, corpus_tokens = planned_model(settings, tokenizer, dtype), print_corpus(settings, tokenizer)
     steps = math.ceil(settings.epochs * corpus_tokens / (settings.batch_size * settings.seq_len))
-    sizes = Sizes(settings.seq_len, settings.batch_size, micro_batch_size, processes, settings.steps or steps)
-    print_plan(model, sizes, device)
-    if device == "cuda" and torch.cuda.is_available():
-        print_time(model, sizes, torch.cuda.get_device_name())
+    print_plan(model, settings, settings.steps or steps, World(size=processes, device=device))
 
 
 def planned_model(settings: Settings, tokenizer: Tokenizer, dtype: torch.dtype) -> Llama:
@@ -65,7 +53,6 @@ def planned_model(settings: Settings, tokenizer: Tokenizer, dtype: torch.dtype) 
             )
             print(f"vocabulary: {len(tokenizer):,} pieces + {settings.extend_vocab:,} = {size:,}{more}")
         add_lora(model, settings.lora())
-    model.gradient_checkpointing = settings.gradient_checkpointing
     return model
 
 
@@ -83,27 +70,52 @@ def print_corpus(settings: Settings, tokenizer: Tokenizer) -> int:
     return tokens
 
 
-def print_plan(model: Llama, sizes: Sizes, device_type: str) -> None:
-    """Print what a run takes."""
-    batch, micro, blocks = sizes.batch_size, sizes.micro_batch_size, sizes.steps * sizes.batch_size
-    accumulates = batch > micro * sizes.processes
-    parts = memory_plan(model, sizes.seq_len, micro, accumulates, sizes.processes, device_type)
-    needed = sum(size for *_, size in parts)
-    print(f"{parameter_report(model)}; {flops_per_token(model, sizes.seq_len):,} FLOPs a token")
-    devices = f"each of {sizes.processes} devices" if sizes.processes > 1 else "one device"
-    step = f"a step: {batch:,} blocks of {sizes.seq_len:,} tokens, {micro:,} at a time on {devices}"
-    print(f"{step}; {sizes.steps:,} steps: {blocks:,} blocks, {blocks * sizes.seq_len:,} tokens")
-    rows = [(part, how, f"{size / 1e9:.2f}") for part, how, size in [*parts, ("total", "", needed)]]
-    print_table(("memory of a device at the worst stage", "bytes", "GB"), rows)
-    if device_type == "cuda":
-        fits = [f"fits a GPU of {size} GB or more" for size in GPU_SIZES if needed <= size * 1e9]
-        remedy = "take more processes, gradient_checkpointing, a smaller micro_batch_size or seq_len"
-        print(fits[0] if fits else f"fits no GPU of up to {GPU_SIZES[-1]} GB: {remedy}")
+def print_plan(model: Llama, settings: Settings, steps: int, world: World) -> None:
+    """Print what a run of so many steps takes in each of the processes, and in how much memory it fits."""
+    print(f"{parameter_report(model)}; {flops_per_token(model, settings.seq_len):,} FLOPs a token")
+    devices = f"each of {world.size} devices" if world.size > 1 else "one device"
+    at_a_time = f"{settings.micro_batch(world.size):,} at a time on {devices}"
+    step = f"a step: {settings.batch_size:,} blocks of {settings.seq_len:,} tokens, {at_a_time}"
+    blocks = steps * settings.batch_size
+    print(f"{step}; {steps:,} steps: {blocks:,} blocks, {blocks * settings.seq_len:,} tokens")
+    is_here = world.device == "cuda" and torch.cuda.is_available()
+    free = room(world.device) if is_here else math.inf  # of a GPU that is elsewhere it is not known
+    model.recomputed_blocks = recomputed_blocks(model, settings, world, free)
+    parts = memory_plan(model, step_of(settings, world.size, world.device))
+    rows = [(part, how, f"{size / 1e9:.2f}") for part, how, size in parts]
+    total = ("total", "", f"{sum(size for *_, size in parts) / 1e9:.2f}")
+    print_table(("memory of a device at the worst stage", "bytes", "GB"), [*rows, total])
+    if world.device == "cuda":
+        print_choices(model, settings, world, free)
+    if is_here:
+        print_time(
+            model, blocks * settings.seq_len, settings.seq_len, world.size, torch.cuda.get_device_name()
+        )
 
 
-def print_time(model: Llama, sizes: Sizes, gpu: str) -> None:
+def print_choices(model: Llama, settings: Settings, world: World, free: float) -> None:
+    """Print what a step takes with each of the settings that change nothing but memory, and where it fits."""
+    rows, is_here = [], math.isfinite(free)
+    for moments, checkpointing in product(("float32", "8bit"), ("off", "on")):
+        chosen = replace(settings, moments=moments, gradient_checkpointing=checkpointing)
+        model.recomputed_blocks = recomputed_blocks(model, chosen, world, free)
+        needed = sum(size for *_, size in memory_plan(model, step_of(chosen, world.size, world.device)))
+        fits = next((f"{size} GB or more" for size, found in GPU_SIZES.items() if needed <= found), "none")
+        here = ["yes" if needed <= free else "no"] if is_here else []
+        rows.append(
+            (
+                f"--moments {moments} --gradient-checkpointing {checkpointing}",
+                f"{needed / 1e9:.2f}",
+                fits,
+                *here,
+            )
+        )
+    here = [f"this one, {free / 1e9:.1f} GB"] if is_here else []
+    print_table(("settings", "GB", "fits a GPU of", *here), rows)
+
+
+def print_time(model: Llama, tokens: int, seq_len: int, processes: int, gpu: str) -> None:
     """Print how long a run takes at half the peak of a GPU, if its name, which PyTorch gives, is known."""
     if peak := peak_flops(gpu):
-        flops = sizes.steps * sizes.batch_size * sizes.seq_len * flops_per_token(model, sizes.seq_len)
-        hours = flops / (peak / 2 * sizes.processes) / 3600
+        hours = tokens * flops_per_token(model, seq_len) / (peak / 2 * processes) / 3600
         print(f"at half of the peak of {gpu}, {peak / 1e12:,.0f} TFLOP/s: {hours:,.2f} hours")

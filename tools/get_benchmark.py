@@ -173,7 +173,7 @@ def read_labels(labels: Path) -> tuple[Labels, Verses]:
     task = Taxi1500(labels)
     for stem in ("eng", "eng_Latn", "eng_Latn/eng", "eng_Latn/eng_Latn"):
         task.file = stem + "_{split}.tsv"
-        if (labels / task.path("eng_Latn", "train")).is_file():
+        if task.path("eng_Latn", "train").is_file():
             rows = {split: task.rows("eng_Latn", split) for split in SPLITS}
             ids = {split: [(row.id, row.label) for row in rows[split]] for split in SPLITS}
             return ids, {row.id: row.text for split in SPLITS for row in rows[split]}

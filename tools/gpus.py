@@ -1,6 +1,11 @@
-"""How many FLOPs a GPU does in a second, as its maker says."""
+"""How many FLOPs a training step takes, and how many a GPU does in a second, as its maker says."""
 
 import re
+
+import torch
+
+from mala.lora import LoRALinear
+from mala.model import Llama
 
 # What `torch.cuda.get_device_name()` has in it -> FLOP/s in bfloat16 with float32 sums, as the maker
 # publishes them, without sparsity, which doubles the figures of most data sheets. V100 and T4 have no
@@ -24,3 +29,18 @@ def peak_flops(name: str) -> float | None:
     # Whole words, since A10 is found in A100, too; the longest first, since H100 is found in H100 PCIe.
     found = [known for known in KNOWN_GPUS if re.search(rf"\b{known}\b", name)]
     return KNOWN_GPUS[max(found, key=len)] if found else None
+
+
+def flops_per_token(model: Llama, seq_len: int) -> int:
+    """Model FLOPs, forward and backward, per token of blocks of `seq_len` (arXiv 2204.02311, appendix B).
+    Gradient checkpointing's second forward pass does not count, attention does in full, though the causal
+    mask leaves half. An element of a matrix takes 2 FLOPs forward, 2 for its input's gradient, 2 for its own
+    if it trains; a look-up none."""
+    flops = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):  # LoRALinear and lm_head are, too
+            lora = [module.lora_A, module.lora_B] if isinstance(module, LoRALinear) else []
+            for matrix in [module.weight, *lora]:
+                flops += matrix.numel() * (6 if matrix.requires_grad else 4)
+    config = model.config
+    return flops + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len

@@ -10,43 +10,77 @@ Letters in the arithmetic: N tokens of a micro-batch (B · T), D hidden size, F 
 heads and K key/value heads of d dimensions, L layers, V vocabulary. GB are 10^9 bytes.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
 
 from mala.cross_entropy import CHUNK_BYTES
 from mala.lora import LoRALinear, trainable_parameters
 from mala.model import Llama
+from mala.running.distributed import World
+from mala.running.settings import Settings
+from tools.adamw8bit import BLOCK, CHUNK
 
 STAGES = {
     "lookup": "lookup in embed_tokens",
     "loss": "loss",
     "block": "backward of a block",
     "embed_tokens": "backward of embed_tokens",
-    "loading": "loading",
+    "adamw": "AdamW",
 }
-ALWAYS = "lookup loss block embed_tokens"  # the stages of a step
+ALWAYS = "lookup loss block embed_tokens adamw"  # the stages of a step
 Part = tuple[str, str, int]  # what it is, how its bytes are counted, bytes
 StagedPart = tuple[str, str, int, str]  # and the stages at which it is there
 
 
-def memory_plan(
-    model: Llama, seq_len: int, micro_batch_size: int, accumulates: bool, processes: int, device_type: str
-) -> list[Part]:
-    """All that a device holds at the worst stage of a step; the sum of the bytes is the peak.
+@dataclass
+class Step:
+    """What a device does in a step.
 
-    - model: with LoRA, the frozen parameters in the compute dtype, `gradient_checkpointing` as it will be.
-    - micro_batch_size: sequences of `seq_len` tokens on a device. accumulates: has a step several of them?
+    - micro_batch_size: sequences of `seq_len` tokens. accumulates: has a step several such micro-batches?
     - processes: over which FSDP2 divides the model, as `shard` in mala/running/distributed.py does.
-
-    For a CPU it is what PyTorch allocates, without Python itself; tests/test_memory_plan.py compares.
+    - moment_bytes: that each of AdamW's two moments takes for an element. device: "cpu" or "cuda".
     """
+
+    seq_len: int
+    micro_batch_size: int
+    accumulates: bool
+    processes: int = 1
+    device: str = "cpu"
+    is_compiled: bool = False
+    moment_bytes: int = 4
+
+
+def step_of(settings: Settings, processes: int, device: str) -> Step:
+    """What a device does in a step of train.py. device: as PyTorch names it, cuda:1 as well as cuda."""
+    micro, kind = settings.micro_batch(processes), torch.device(device).type
+    accumulates, is_compiled = settings.batch_size > micro * processes, settings.is_compiled(kind)
+    moment_bytes = 1 if settings.moments == "8bit" else 4
+    return Step(settings.seq_len, micro, accumulates, processes, kind, is_compiled, moment_bytes)
+
+
+def room(device: str) -> float:
+    """Bytes that this process can take on a device, what it has taken included. Of a GPU a twentieth is left
+    for what lies between allocations; a CPU's memory counts as endless."""
+    if torch.device(device).type == "cpu":
+        return math.inf
+    return 0.95 * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+
+
+def memory_plan(model: Llama, step: Step) -> list[Part]:
+    """All that a device holds at the worst stage of a step; the sum of the bytes is the peak. model: with
+    LoRA, the frozen parameters in the compute dtype, `recomputed_blocks` as it will be. For a CPU it is what
+    PyTorch allocates, without Python itself; tests/test_memory_plan.py compares."""
     parts = [
-        *_parameters_and_gradients(model, accumulates, processes),
-        *_activations_and_loss(model, micro_batch_size * seq_len, device_type),
-        *(_gathered_by_fsdp(model, accumulates) if processes > 1 else []),
+        *_parameters_and_gradients(model, step),
+        *_activations_and_loss(model, step),
+        *(_gathered_by_fsdp(model) if step.processes > 1 else []),
     ]
-    if device_type == "cuda":
+    if step.device == "cuda":
         overhead = "CUDA context, cuBLAS workspace, fragmentation"
-        parts.append((overhead, "about", 1_500_000_000, f"{ALWAYS} loading"))
+        parts.append((overhead, "about", 1_500_000_000, ALWAYS))
     held = {stage: [part for part in parts if stage in part[3].split()] for stage in STAGES}
     worst = max(STAGES, key=lambda stage: sum(size for _, _, size, _ in held[stage]))
     return [
@@ -56,86 +90,97 @@ def memory_plan(
     ]
 
 
-def _parameters_and_gradients(model: Llama, accumulates: bool, P: int) -> Iterator[StagedPart]:
-    embed_tokens, lm_head = model.model["embed_tokens"].weight, model.lm_head.weight
-    is_tied, VD, e = embed_tokens is lm_head, lm_head.numel(), model.compute_dtype.itemsize
+def recomputed_blocks(model: Llama, settings: Settings, world: World, free: float | None = None) -> int:
+    """How many blocks, the first, are computed again in the backward pass. With `auto` no more than must be
+    for a step to fit into `free` bytes, by default the device's; all, if even that is not enough."""
+    blocks = model.config.num_hidden_layers
+    if settings.gradient_checkpointing != "auto":
+        return blocks if settings.gradient_checkpointing == "on" else 0
+    step, free = step_of(settings, world.size, world.device), free or room(world.device)
+    for model.recomputed_blocks in range(blocks):
+        if sum(size for *_, size in memory_plan(model, step)) <= free:
+            return model.recomputed_blocks
+    return blocks
+
+
+def _parameters_and_gradients(model: Llama, step: Step) -> Iterator[StagedPart]:
+    lm_head, e, P = model.lm_head.weight, model.compute_dtype.itemsize, step.processes
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
     shard = f" / {P}" if P > 1 else ""
     yield "frozen parameters", f"{frozen:,} x {e}{shard}", frozen * e // P, ALWAYS
     yield "trained parameters", f"{trained:,} x 4{shard}", trained * 4 // P, ALWAYS
-    yield "AdamW's two moments", f"{trained:,} x 2 x 4{shard}", trained * 2 * 4 // P, ALWAYS
-    # Of earlier micro-batches, unsharded: FSDP2 shards their average. Else all are there at the end only.
-    yield "gradients", f"{trained:,} x 4", trained * 4, ALWAYS if accumulates else "embed_tokens"
-    # A micro-batch's own of the two large matrices, until they are added to those. If the two are one matrix,
-    # what the loss gives to its gradient waits for what the lookup gives.
-    if lm_head.requires_grad:
-        stages = "loss" + " block" * (is_tied or not accumulates)
-        stages += " embed_tokens" * (is_tied and accumulates)
-        yield "gradient of lm_head", "V D x 4", VD * 4, stages
-    if embed_tokens.requires_grad and (accumulates or is_tied):
-        yield "gradient of embed_tokens", "V D x 4", VD * 4, "embed_tokens"
+    moments, how = trained * 2 * step.moment_bytes // P, f"{trained:,} x 2 x {step.moment_bytes}{shard}"
+    if step.moment_bytes == 1:  # and the scales of blocks; when a chunk is encoded four copies are there
+        moments, how = moments + trained * 2 * 4 // BLOCK // P, f"{how}, x (1 + 4 / {BLOCK})"
+        chunk = CHUNK[step.device] * (2 if step.device == "cuda" else 5) * 4
+        yield "moments in float32, a chunk", f"{chunk:,}", chunk, "adamw"
+    yield "AdamW's two moments", how, moments, ALWAYS
+    # Of earlier micro-batches, unsharded: FSDP2 shards their average. Else all are there at the end only; the
+    # loss adds that of lm_head to them at once, and the lookup that of embed_tokens.
+    yield "gradients", f"{trained:,} x 4", trained * 4, ALWAYS if step.accumulates else "embed_tokens adamw"
+    if lm_head.requires_grad and not step.accumulates:
+        yield "gradient of lm_head", "V D x 4", lm_head.numel() * 4, "loss block"
 
 
-def _activations_and_loss(model: Llama, N: int, device_type: str) -> Iterator[StagedPart]:
+def _activations_and_loss(model: Llama, step: Step) -> Iterator[StagedPart]:
     config, lm_head, e = model.config, model.lm_head.weight, model.compute_dtype.itemsize
-    L, D, F, V = config.num_hidden_layers, config.hidden_size, config.intermediate_size, len(lm_head)
+    N, L, again = step.micro_batch_size * step.seq_len, config.num_hidden_layers, model.recomputed_blocks
+    D, F, V = config.hidden_size, config.intermediate_size, len(lm_head)
     # A block is fullest when its backward pass reaches gate and up: all it kept is still there.
-    kept = [block_activations(model, layer, device_type) for layer in range(L)]
-    how, largest = max(kept, key=lambda block: block[1])
-    if model.gradient_checkpointing:
-        yield "inputs of the blocks", f"L N D x {e}", L * N * D * e, "loss block"
-        yield "activations of a block, computed again", f"N ({how})", N * largest, "block"
+    blocks = [block_activations(model, layer, step) for layer in range(L)]
+    how, largest = max(blocks, key=lambda block: block[1])
+    yield f"inputs of {again} blocks", f"{again} N D x {e}", again * N * D * e, "loss block"
+    if again < L:
+        kept = N * sum(size for _, size in blocks[again:])
+        yield f"activations of {L - again} blocks", f"{L - again} N ({how})", kept, "loss block"
     else:
-        yield "activations of the blocks", f"L N ({how})", N * sum(size for _, size in kept), "loss block"
+        yield "activations of a block, computed again", f"N ({how})", N * largest, "block"
     yield "gradients of activations", f"N (3 F + 2 D) x {e}", N * (3 * F + 2 * D) * e, "block"
     yield "last norm, hidden states, their gradient", f"N D (4 + {e} + 4)", N * D * (8 + e), "loss"
     if lm_head.itemsize != e:
         yield "lm_head, cast", f"V D x {e}", lm_head.numel() * e, "loss"
-    chunk = max(CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"]), V * e)  # see mala/cross_entropy.py
+    chunk = max(CHUNK_BYTES[step.device], V * e)  # see mala/cross_entropy.py
     yield "logits, a chunk", f"N V x {e}, at most {chunk:,}", min(N * V * e, chunk), "loss"
 
 
-def _gathered_by_fsdp(model: Llama, accumulates: bool) -> Iterator[StagedPart]:
+def _gathered_by_fsdp(model: Llama) -> Iterator[StagedPart]:
     """The block that is computed and, meanwhile, the next one; lm_head for all of the step."""
     embed_tokens, lm_head = model.model["embed_tokens"].weight, model.lm_head.weight
-    blocks, VD, e = model.model["layers"], lm_head.numel(), model.compute_dtype.itemsize
+    blocks, VD = model.model["layers"], lm_head.numel()
     block = max(sum(weight.numel() * weight.itemsize for weight in block.parameters()) for block in blocks)
     head, looked_up = VD * lm_head.itemsize, 0 if embed_tokens is lm_head else VD * embed_tokens.itemsize
     yield "two blocks, gathered", f"2 x {block:,}", 2 * block, "loss block"
-    yield "lm_head, gathered", f"V D x {lm_head.itemsize}", head, ALWAYS
+    yield "lm_head, gathered", f"V D x {lm_head.itemsize}", head, "lookup loss block embed_tokens"
     yield "embed_tokens, gathered", f"V D x {embed_tokens.itemsize}", looked_up, "lookup embed_tokens"
     yield "buffers that both came in", f"{head:,} + {looked_up:,}", head + looked_up, "lookup"
-    if not accumulates and (lm_head.requires_grad or embed_tokens.requires_grad):
+    if lm_head.requires_grad or embed_tokens.requires_grad:
         yield "copy of a gradient, to be divided", "V D x 4", VD * 4, "embed_tokens"
-    # Every process loads all of the model, and then lets go what is the others'.
-    sizes = {weight: weight.numel() for weight in model.parameters()}
-    trained = sum(size for weight, size in sizes.items() if weight.requires_grad)
-    frozen = sum(sizes.values()) - trained
-    yield "frozen parameters, unsharded", f"{frozen:,} x {e}", frozen * e, "loading"
-    yield "trained parameters, unsharded", f"{trained:,} x 4", trained * 4, "loading"
-    yield "embed_tokens, as it was before it was cast", f"V D x {e}", VD * e, "loading"
 
 
-def block_activations(model: Llama, layer: int, device_type: str) -> tuple[str, int]:
-    """What a block's forward pass keeps for its backward pass: (arithmetic, bytes a token), without
-    torch.compile.
+def block_activations(model: Llama, layer: int, step: Step) -> tuple[str, int]:
+    """What a block's forward pass keeps for its backward pass: (arithmetic, bytes a token).
 
     - In float32: what the two norms square (D elements each) and divide by (1), and attention's log-sum-exp
       (H); flash attention keeps no T x T matrix.
     - In the compute dtype: q, k, v, attention's output, gate, silu(gate), up.
     - A frozen matrix does not need its input again. LoRA's A does, after dropout, and dropout its mask; B
       needs the R elements that A gives.
+
+    torch.compile makes silu(gate) and the float32 copies again, from the block's input and o_proj's output.
     """
     config, block, e = model.config, model.model["layers"][layer], model.compute_dtype.itemsize
-    size = 4 * (2 * config.hidden_size + 2 + config.num_attention_heads)
-    size += e * 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    size += e * 3 * config.intermediate_size
+    D, H, F = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    heads = e * 2 * (H + config.num_key_value_heads) * config.head_dim
+    if step.is_compiled:
+        size, how = 4 * (2 + H) + heads + e * (2 * D + 2 * F), f"4 (2 + H) + {e} (2 H d + 2 K d + 2 D + 2 F)"
+    else:
+        size, how = 4 * (2 * D + 2 + H) + heads + e * 3 * F, f"4 (2 D + 2 + H) + {e} (2 H d + 2 K d + 3 F)"
     lora = 0
     for module in block.modules():
         if isinstance(module, LoRALinear):
             # The mask is bool on a GPU and of the compute dtype on a CPU. Inputs shared without dropout count
             # twice.
-            mask = 0 if module.dropout == 0 else 1 if device_type == "cuda" else e
+            mask = 0 if module.dropout == 0 else 1 if step.device == "cuda" or step.is_compiled else e
             lora += (e + mask) * module.in_features + e * len(module.lora_A)
-    return f"4 (2 D + 2 + H) + {e} (2 H d + 2 K d + 3 F) + LoRA's {lora:,}", size + lora
+    return f"{how} + LoRA's {lora:,}", size + lora

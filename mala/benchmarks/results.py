@@ -7,23 +7,17 @@ A *prediction* is one line of predictions.jsonl: `lang`, `id` and, of a document
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import numpy as np
 
-from mala.cli import UserError
 from mala.storage.corpus import script_of
-from mala.storage.corpus_formats import read_lines
 
 RESAMPLES = 2000  # of a bootstrap
 Prediction = dict[str, Any]
 Figures = dict[str, Any]  # of a language, or averages over some
 Languages = dict[str, Figures]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def bootstrap(values: list[float]) -> list[float] | None:
@@ -113,11 +107,3 @@ def by_script(languages: Languages) -> list[tuple[str, Languages]]:
     for language, figures in languages.items():
         members[script_of(language)][language] = figures
     return sorted(members.items())
-
-
-def read_languages(file: Path) -> set[str]:
-    """The first column of a list of languages (a header and further columns do not matter)."""
-    listed = {line.split("\t")[0].strip() for _, line in read_lines(file)} - {"", "language"}
-    if not listed:
-        raise UserError(f"{file}: no languages; expected one a line, such as swh_Latn")
-    return listed

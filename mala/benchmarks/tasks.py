@@ -1,5 +1,6 @@
 """SIB-200 and Taxi1500: how their files lie and what is asked, in MaLA-500's protocol, docs/evaluation.md."""
 
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,7 @@ from mala.cli import UserError
 from mala.storage.corpus import LANGUAGE, check_languages
 from mala.storage.corpus_formats import SIB200_HEADER, read_tsv
 
-
-@dataclass(frozen=True)
-class Row:
-    id: str
-    label: str
-    text: str
+Row = namedtuple("Row", ["id", "label", "text"])  # of a file, all of them strings
 
 
 @dataclass(frozen=True)
@@ -38,28 +34,27 @@ class Task:
 
     def __init__(self, root: Path):
         self.root = root
-        self.layout = f"{root / self.path('swh_Latn', 'test')} and its like"  # for errors
+        self.layout = f"{self.path('swh_Latn', 'test')} and its like"  # for errors
         if not root.is_dir():
             raise UserError(f"{root}: there is no such folder; expected {self.layout}")
 
     def path(self, language: str, split: str) -> Path:
-        return Path(self.file.format(language=language, split=split))
+        return self.root / self.file.format(language=language, split=split)
 
     def languages(self, chosen: tuple[str, ...] = ()) -> list[str]:
         """The languages that have a folder, in order, or those of them that are `chosen`."""
-        folders = sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
-        found = [name for name in folders if LANGUAGE.fullmatch(name)]
+        folders = (entry.name for entry in self.root.iterdir() if entry.is_dir())
+        found = sorted(filter(LANGUAGE.fullmatch, folders))
         if not found:
             raise UserError(f"{self.root}: no language here; expected {self.layout}")
         return check_languages(self.root, found, chosen)
 
     def rows(self, language: str, split: str) -> list[Row]:
         """The rows of a split, texts as they stand. Raises UserError for a missing or wrong file or line."""
-        file = self.root / self.path(language, split)
+        file = self.path(language, split)
         if not file.is_file():
-            expected = f"the {split} split of {language} is expected there"
-            raise UserError(f"{file}: there is no such file; {expected}")
-        lines = read_tsv(file, is_csv=self.header is not None)
+            raise UserError(f"{file}: there is no such file; expected the {split} split of {language}")
+        lines = read_tsv(file, self.header)
         if self.header:
             number, cells = next(lines, (1, ["an empty file"]))
             if cells != self.header:
@@ -82,7 +77,7 @@ class Task:
         train = self.rows(language, "train") if shots else []
         rows = self.rows(language, split)
         if len(train) < shots:
-            found = f"{self.root / self.path(language, 'train')}: {len(train)} rows"
+            found = f"{self.path(language, 'train')}: {len(train)} rows"
             raise UserError(f"{found}, too few for {shots} shots; lower --shots, or leave {language} out")
         examples, rng = [], np.random.default_rng(seed)
         for index in rng.permutation(len(rows)):

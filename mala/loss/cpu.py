@@ -13,12 +13,12 @@ from torch import Tensor
 LOGIT_ROWS, WEIGHT_ROWS = 8, 4096
 
 
-def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool) -> Tensor:
+def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None) -> Tensor:
     """The loss of every row of `logits` (C, V): (C,) float32, 0 where ignored.
 
-    With a gradient, `logits` become p - e in place, or zeros where ignored. One softmax gives both: the
-    largest logit m of a row has the probability exp(m) / Σ exp, so log Σ exp = m - log(p of m), and that p is
-    at least 1/V: it cannot underflow.
+    With a scale, a scalar, `logits` become scale · (p - e) in place, or zeros where ignored. One softmax
+    gives both: the largest logit m of a row has the probability exp(m) / Σ exp, so log Σ exp = m - log(p of
+    m), and that p is at least 1/V: it cannot underflow.
     """
     losses = []
     shape = (min(LOGIT_ROWS, len(logits)), logits.shape[1])
@@ -31,14 +31,14 @@ def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, with_gradient
         torch.softmax(p, 1, out=p)
         # In this order: beside logits of some hundreds the logarithm, at most log V, would lose its digits.
         losses.append((largest - target_logit - p.amax(1, keepdim=True).log()).where(kept, 0)[:, 0])
-        if with_gradient:
+        if scale is not None:
             p.scatter_add_(1, index, -torch.ones_like(largest))
-            part.copy_(p.masked_fill_(~kept, 0))
+            part.copy_(p.mul_(scale).masked_fill_(~kept, 0))
     return torch.cat(losses)
 
 
 def logits_and_losses(
-    logits: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
+    logits: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None
 ) -> Tensor:
     """`row_losses`, with the product that makes the logits, some rows of the weight at a time. `logits` (C,
     V) is the transpose of the memory, in which the logits of one piece lie side by side: with W as its left
@@ -55,9 +55,9 @@ def logits_and_losses(
     for z in logits.T.split(WEIGHT_ROWS):
         # exp(z - largest), never above 1. PyTorch's exp2 takes a third of its exp's time on a CPU.
         total += z.sub_(largest).mul_(1 / math.log(2)).exp2_().sum(0)
-    if with_gradient:
-        logits.mul_((1 / total.where(kept, torch.inf))[:, None])
-        logits[at_target] -= kept.float()
+    if scale is not None:
+        logits.mul_((scale / total.where(kept, torch.inf))[:, None])
+        logits[at_target] -= scale * kept
     # In this order: beside logits of some hundreds the logarithm, at most log V, would lose its digits.
     return (total.log() + (largest - target_logit)).where(kept, 0)
 

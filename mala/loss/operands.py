@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-_checked_devices: set[torch.device] = set()
+_checked: set[tuple[torch.device, bool]] = set()
 
 
 def check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, is_training: bool) -> None:
-    """Raise ValueError for operands that do not fit, or a target without a row (on a GPU asked once)."""
+    """Raise ValueError for operands that do not fit, or a target without a row. A GPU is asked that once, in
+    training and else: the host would wait for each answer. Later such a target makes the loss NaN."""
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"hidden is {hidden.dtype}, expected float32, bfloat16 or float16")
     if hidden.ndim != 2 or weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
@@ -16,7 +17,7 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, is
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         found = f"targets are {targets.dtype} {tuple(targets.shape)}"
         raise ValueError(f"{found}, expected int64 ({len(hidden)},)")
-    if is_training and targets.is_cuda and targets.device in _checked_devices:
+    if targets.is_cuda and (targets.device, is_training) in _checked:
         return
     V = len(weight)
     wrong = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
@@ -24,5 +25,4 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, is
         at = int(wrong.nonzero()[0])
         expected = f"expected 0 to {V - 1}, or {ignore_index}"
         raise ValueError(f"target {int(targets[at])} in place {at} has no row: {expected}")
-    if is_training:
-        _checked_devices.add(targets.device)
+    _checked.add((targets.device, is_training))

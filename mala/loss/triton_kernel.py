@@ -21,31 +21,31 @@ def row_width(V: int) -> int:
     return -(-V // _block(V)) * _block(V)
 
 
-def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool) -> Tensor:
+def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None) -> Tensor:
     """`row_losses` of mala/loss/cpu.py. Rows of `logits` (C, V) begin at multiples of `row_width(V)`."""
     C, V = logits.shape
     assert logits.stride(1) == 1 and logits.stride(0) % _block(V) == 0  # see the kernel
     targets = targets.contiguous()
     losses = torch.empty(C, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):  # Triton launches on the current device, which may be another
-        arguments = (logits, logits.stride(0), targets, losses, V, ignore_index)
-        _row_kernel[(C,)](*arguments, with_gradient, _block(V), num_warps=8)
+        arguments = (logits, logits.stride(0), targets, losses, losses if scale is None else scale)
+        _row_kernel[(C,)](*arguments, V, ignore_index, scale is not None, _block(V), num_warps=8)
     return losses
 
 
 if triton is not None:
 
     @triton.jit
-    def _row_kernel(logits, stride, targets, losses, V, ignore_index,  # noqa: ANN001, Triton has types of its own
+    def _row_kernel(logits, stride, targets, losses, scale, V, ignore_index,  # noqa: ANN001, Triton's own types
                     WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-        """One program, one row of V logits: its loss, and its logits turned into p - e.
+        """One program, one row of V logits: its loss, and its logits turned into scale · (p - e).
 
         Pass 1 reads the row in blocks. Each of BLOCK lanes keeps, in registers, the largest logit that it has
         met and the sum of exp(logit - largest), rescaled when a larger one comes (online softmax, arXiv
         1805.02867): no exponent is ever above 0, so none overflows. The lanes are put together at the end of
         the row. Pass 2 reads the row again, mostly from the cache, and writes exp(logit - largest) / total,
-        less 1 at the target. Rows begin at multiples of BLOCK, so that whole blocks are read and written, 16
-        bytes a thread at a time; what lies beyond V is anything, and counts as -inf.
+        less 1 at the target, times the scale. Rows begin at multiples of BLOCK, so that whole blocks are read
+        and written, 16 bytes a thread at a time; what lies beyond V is anything, and counts as -inf.
         """
         row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 8,255 rows of 260,164 logits
         logits += row * stride
@@ -67,9 +67,11 @@ if triton is not None:
         row_total = tl.sum(total * tl.exp(largest - row_largest))
         tl.store(losses + row, tl.where(is_kept, tl.log(row_total) + (row_largest - target_logit), 0.0))
         if WITH_GRADIENT:
+            factor = tl.load(scale)
             for start in range(0, V, BLOCK):
                 columns = start + lanes
                 z = tl.load(logits + columns).to(tl.float32)
                 # Not exp(z - log Σ exp): among logits of some hundreds that difference is rounded to 1e-5.
-                p = tl.exp(z - row_largest) / row_total - (columns == target).to(tl.float32)
-                tl.store(logits + columns, tl.where(is_kept, p, 0.0))
+                gradient = tl.exp(z - row_largest) * (factor / row_total)
+                gradient -= tl.where(columns == target, factor, 0.0)
+                tl.store(logits + columns, tl.where(is_kept, gradient, 0.0))

@@ -69,7 +69,7 @@ class World:
 
 @contextlib.contextmanager
 def start(device: str, shards: bool = True) -> Iterator[World]:
-    """Join the processes that torchrun started, if it did, on "cpu" or "cuda". shards: will a model be
+    """Join the processes that torchrun started, if it did, on "cpu" or "cuda". shards: may a model be
     sharded? Raises UserError if there are more processes than GPUs, and when another process has ended."""
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if size == 1:
@@ -111,15 +111,17 @@ def shard(model: nn.Module, world: World) -> None:
     It keeps 1/size of every gradient, too, after the last micro-batch of a step (see `sync_gradients`). A
     unit is a block, frozen and trained parameters together. embed_tokens is gathered for the lookup and let
     go; the head belongs to the root, since `Llama.forward` reads its weight, and so do embeddings that are
-    one matrix with it.
+    one matrix with it. A model on `meta` then gets memory, for this process's part alone: `fill` it.
     """
-    if world.size == 1:
-        return
-    for block in model.model["layers"]:
-        fully_shard(block, mesh=world.mesh)
-    if not model.config.tie_word_embeddings:
-        fully_shard(model.model["embed_tokens"], mesh=world.mesh)
-    fully_shard(model, mesh=world.mesh)
+    if world.size > 1:
+        for block in model.model["layers"]:
+            fully_shard(block, mesh=world.mesh)
+        if not model.config.tie_word_embeddings:
+            fully_shard(model.model["embed_tokens"], mesh=world.mesh)
+        fully_shard(model, mesh=world.mesh)
+    if model.lm_head.weight.is_meta:
+        model.to_empty(device=world.device)
+        model.tie_weights()
 
 
 def sync_gradients(model: nn.Module, wanted: bool) -> None:
@@ -133,24 +135,28 @@ def unsharded(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Every tensor, unsharded, on the CPU, at the main process; nothing at the others. All must call it."""
-    gathered = {}
-    for name, tensor in tensors.items():
-        full = unsharded(tensor.detach())
-        if world.is_main:
-            gathered[name] = full.cpu()
-    return gathered
+def parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The rows of a tensor in order: all at once or, if it is sharded, one process's part after the other's,
+    so that nobody holds the whole. All processes must ask for all of them, and all get them."""
+    if not isinstance(tensor, DTensor):
+        yield tensor.detach()
+        return
+    local, mesh = tensor.detach().to_local(), tensor.device_mesh
+    for rank, rows in enumerate(torch.empty(tensor.shape, device="meta").chunk(mesh.size())):
+        part = local if rank == mesh.get_local_rank() else local.new_empty(rows.shape)
+        dist.broadcast(part, rank)
+        yield part
 
 
-@torch.no_grad()
-def fill(tensor: Tensor, values: Tensor) -> None:
-    """Copy `values` into a tensor, or this process's part of them into its part of a sharded one."""
+def fill(tensor: Tensor, values: Tensor, rounded_to: torch.dtype | None = None) -> None:
+    """Copy `values` into a tensor, or this process's part of them into its part of a sharded one. Of values
+    in a memory map no more than that is read. rounded_to: a dtype on the way to the tensor's own."""
+    tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         rank = tensor.device_mesh.get_local_rank()
-        parts = values.chunk(tensor.device_mesh.size())  # as FSDP cuts: along the rows, the last maybe empty
-        values, tensor = parts[rank] if rank < len(parts) else values[:0], tensor.to_local()
-    tensor.copy_(values)
+        cut = values.chunk(tensor.device_mesh.size())  # as FSDP cuts: along the rows, the last maybe empty
+        values, tensor = cut[rank] if rank < len(cut) else values[:0], tensor.to_local()
+    tensor.copy_(values.to(dtype=rounded_to))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,19 @@ import torch
 from mala.cli import UserError
 from mala.data import file_digests, tokenise
 from mala.running.settings import Settings
+from mala.storage import training_checkpoint
 from mala.storage.corpus import Corpus
 from mala.storage.files import atomic_directory, lock, read_json, write_json
-from mala.storage.training_checkpoint import (
-    STATE,
-    check_intact,
-    checkpoints,
-    newest_intact,
-    read_state,
-    set_aside,
-    step_of,
-)
 from mala.storage.weights import read_weights
 from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
-from mala.words.new_rows import extend_checkpoint
+from mala.words.new_rows import Where, extend_checkpoint
 from mala.words.tokenizer import Tokenizer
 
 # The settings that decide, with the checkpoint and the corpus, what is trained on what. Others, such as the
 # learning rate, may be changed on the way.
 IDENTITY = """langs held_out max_held_out text_field skip_bad_lines extend_vocab vocab_method init r
-    lora_alpha lora_dropout use_rslora target_modules modules_to_save seq_len batch_size alpha seed""".split()
+    lora_alpha lora_dropout use_rslora target_modules modules_to_save seq_len batch_size alpha seed
+    moments""".split()
 
 
 def prepare(
@@ -54,9 +48,7 @@ def prepare(
     if was_there:  # else later: the lock makes the folder, and a mistake must leave nothing
         locks.enter_context(lock(out))
     earlier = read_json(out / "run.json") if (out / "run.json").exists() else {}
-    known = earlier.get("files")
-    corpus_files = [file for files in corpus.files.values() for file in files]
-    files = file_digests(corpus_files, known if isinstance(known, dict) else {})
+    files = file_digests(list(chain.from_iterable(corpus.files.values())), earlier.get("files", {}))
     identity = {name: getattr(settings, name) for name in IDENTITY} | {"langs": sorted(set(settings.langs))}
     identity |= {"model": checkpoint_digest(model), "data": corpus_digest(corpus, files)}
     identity = json.loads(json.dumps(identity))  # as it comes back from a file: lists, no tuples
@@ -65,14 +57,13 @@ def prepare(
     made = [out / "held_out"] + ([out / "base"] if settings.extend_vocab else [])
     is_made = earlier.get("identity") == identity and all(folder.is_dir() for folder in made)
     if settings.resume == "never" or not is_made:
-        make_base(settings, corpus, device, dtype, clear_all=checkpoint is None)
+        make_base(settings, corpus, (device, dtype), clear_all=checkpoint is None)
     if not was_there:
         locks.enter_context(lock(out))
     tokenizer = Tokenizer.from_pretrained(out / "base" if settings.extend_vocab else model)
     if checkpoint and (checkpoint / "tokenizer.model").read_bytes() != tokenizer.model:
-        other = f"has another vocabulary than {tokenizer.name}, which was learnt again"
         remedy = f"put the base/ of its own run into {out}, or start over with --resume never"
-        raise UserError(f"{checkpoint}: {other}; {remedy}")
+        raise UserError(f"{checkpoint}: has another vocabulary than {tokenizer.name}, learnt again; {remedy}")
     write_json(out / "run.json", {"identity": identity, "settings": vars(settings), "files": files})
     clear_checkpoints(out / "checkpoints", checkpoint)
     tokens = Path(settings.tokens or out / "tokens")
@@ -82,21 +73,20 @@ def prepare(
 
 
 def choose_checkpoint(settings: Settings, earlier: dict[str, Any], identity: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from; None: from the beginning. earlier: run.json. Raises UserError if --out or
-    the checkpoint is of a run with another identity."""
+    """The checkpoint to go on from, or None. earlier: run.json. Raises UserError if it is another run's."""
     out = Path(settings.out)
     if settings.resume == "never":
         return None
     if settings.resume == "auto":
-        checkpoint = newest_intact(out / "checkpoints")
+        checkpoint = training_checkpoint.newest_intact(out / "checkpoints")
     else:
         checkpoint = Path(settings.resume)
         if not checkpoint.is_dir():
-            expected = "expected auto, never or the folder of a checkpoint"
-            raise UserError(f"resume is {settings.resume}, {expected}")
-        check_intact(checkpoint)
+            raise UserError(f"resume is {settings.resume}, expected auto, never or a checkpoint's folder")
+        training_checkpoint.check_intact(checkpoint)
     if checkpoint:
-        check_identity(checkpoint / STATE, read_state(checkpoint)["identity"], identity, settings)
+        file, state = checkpoint / training_checkpoint.STATE, training_checkpoint.read_state(checkpoint)
+        check_identity(file, state["identity"], identity, settings)
     is_kept = checkpoint or (out / "adapter").is_dir()  # else it is unfinished, and replaced
     if earlier.get("identity") and is_kept:
         check_identity(out / "run.json", earlier["identity"], identity, settings)
@@ -108,10 +98,10 @@ def clear_checkpoints(folder: Path, resumed_from: Path | None) -> None:
     for half in folder.glob(".step-*.tmp"):
         shutil.rmtree(half)
     if resumed_from:
-        done = read_state(resumed_from)["step"]
-        for later in checkpoints(folder):  # damaged, or on the way that --resume DIR leaves
-            if step_of(later) > done:
-                set_aside(later)
+        done = training_checkpoint.read_state(resumed_from)["step"]
+        for later in training_checkpoint.checkpoints(folder):  # damaged, or on the way --resume DIR leaves
+            if training_checkpoint.step_of(later) > done:
+                training_checkpoint.set_aside(later)
 
 
 def checkpoint_digest(directory: Path) -> str:
@@ -136,18 +126,18 @@ def corpus_digest(corpus: Corpus, files: dict[str, list]) -> str:
 def check_identity(file: Path, theirs: dict[str, Any], identity: dict[str, Any], settings: Settings) -> None:
     """Raise UserError if an earlier run, whose identity stands in `file`, was another than this one."""
     for key, value in identity.items():
-        if theirs.get(key, getattr(Settings, key, None)) == value:  # it may be older than a setting
-            continue
-        difference = {
-            "model": f"began from another checkpoint than {settings.model} is now",
-            "data": f"was trained on other data than {settings.data} holds now",
-        }.get(key, f"had {key} {theirs.get(key)}, this one has {value}")
-        remedy = "name another --out, or start over with --resume never"
-        raise UserError(f"{file}: the earlier run {difference}; {remedy}")
+        if theirs.get(key, getattr(Settings, key, None)) != value:  # it may be older than a setting
+            difference = {
+                "model": f"began from another checkpoint than {settings.model} is now",
+                "data": f"was trained on other data than {settings.data} holds now",
+            }.get(key, f"had {key} {theirs.get(key)}, this one has {value}")
+            remedy = "name another --out, or start over with --resume never"
+            raise UserError(f"{file}: the earlier run {difference}; {remedy}")
 
 
-def make_base(settings: Settings, corpus: Corpus, device: str, dtype: torch.dtype, clear_all: bool) -> None:
-    """Hold documents out, learn the vocabulary, extend the checkpoint; what an earlier run left goes."""
+def make_base(settings: Settings, corpus: Corpus, where: Where, clear_all: bool) -> None:
+    """Hold documents out, learn the vocabulary, extend the checkpoint, computing on `where`. What an earlier
+    run left goes, its checkpoints if `clear_all`. Raises UserError as `prepare` does."""
     out, model = Path(settings.out), Path(settings.model)
     base_tokenizer = Tokenizer.from_pretrained(model)
     test_documents, train_documents = corpus.load("test"), corpus.stream("train")
@@ -159,27 +149,20 @@ def make_base(settings: Settings, corpus: Corpus, device: str, dtype: torch.dtyp
             model_file = continue_merges(base_tokenizer, words, settings.extend_vocab)
         tokenizer = Tokenizer(model_file)
         if len(tokenizer) == len(base_tokenizer):
-            has_all = f"the tokenizer has all {settings.extend_vocab:,} pieces already"
-            raise UserError(f"{model}: {has_all}; give --extend-vocab 0")
+            raise UserError(f"{model}: the tokenizer has all new pieces already; give --extend-vocab 0")
 
-    clear(out, clear_all)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "run.json").exists() and any(entry.name != ".lock" for entry in out.iterdir()):
+        raise UserError(f"{out}: holds something that is no result of train.py; name an empty or a new --out")
+    write_json(out / "run.json", {})  # the folder is ours; if nothing can be written this fails now
+    for name in ("nll.json", "metrics.jsonl", "loss.png", "nll.png"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("adapter", "base", "held_out", "tensorboard", *(["checkpoints"] if clear_all else [])):
+        shutil.rmtree(out / name, ignore_errors=True)
     with atomic_directory(out / "held_out") as folder:
         for language, texts in test_documents.items():
             lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
             (folder / f"{language}.jsonl").write_text("".join(lines), encoding="utf-8")
     if settings.extend_vocab:
         drawn = sample(train_documents, settings.alpha, settings.seed)
-        extend_checkpoint(model, tokenizer, out / "base", settings.init, settings.seed, drawn, device, dtype)
-
-
-def clear(out: Path, clear_all: bool) -> None:
-    """Make the output folder, and take away what an earlier run left (clear_all: its checkpoints, too)."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "run.json").exists() and any(entry.name != ".lock" for entry in out.iterdir()):
-        found = "the folder holds something that is no result of train.py"
-        raise UserError(f"{out}: {found}; name an empty or a new --out")
-    write_json(out / "run.json", {})  # the folder is ours; if nothing can be written this fails now
-    for name in ("nll.json", "metrics.jsonl", "loss.png", "nll.png"):
-        (out / name).unlink(missing_ok=True)
-    for name in ("adapter", "base", "held_out", "tensorboard", *(["checkpoints"] if clear_all else [])):
-        shutil.rmtree(out / name, ignore_errors=True)
+        extend_checkpoint(model, tokenizer, out / "base", settings.init, settings.seed, drawn, where)

@@ -3,7 +3,8 @@
 metrics.jsonl holds one JSON object per logged step: `step`, `tokens` (seen so far), `loss` (nats a token, the
 mean since the line before), `lr`, `grad_norm`, `tokens_per_second`, `waiting` (the share of the time in which
 the model waited for data), `peak_memory_gb`, on known GPUs `mfu`, and if held-out text was measured
-`nll_per_document` (nats, the macro-average) and `languages`, language -> nats a document.
+`nll_per_document` (nats, the macro-average) and `languages`, language -> nats a document. The first line of a
+process has `first_step_seconds`: that step compiles, and no speed counts it.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ class RunLog:
     ):
         self.state = {"logged_step": 0, "loss": 0.0, **state}  # `loss` is summed up from one line to the next
         self.tokens, self.flops, self.peak, self.world = tokens, flops, peak, world
-        self.timed_from, self.time, self.waited = state["step"], time.perf_counter(), 0.0
+        self.timed_from, self.time, self.waited, self.first = state["step"], time.perf_counter(), 0.0, None
         self.file = self.tensorboard = None
         self.bar = tqdm(None, "training", steps, unit="step", initial=state["step"], disable=world.no_bar)
         self.path = out / "metrics.jsonl"
@@ -50,16 +51,26 @@ class RunLog:
         """After every step: its loss, and the seconds that it waited for data."""
         self.state["loss"] += loss
         self.waited += waited
+        if self.first is None:
+            self.first = time.perf_counter() - self.time
+            self._time_from(self.timed_from + 1)
         self.bar.update()
+
+    def _time_from(self, step: int) -> None:
+        self.time, self.timed_from, self.waited = time.perf_counter(), step, 0.0
 
     def write(self, step: int, nll: dict[str, dict] | None = None, **figures: float) -> None:
         """A line of metrics.jsonl, for the steps since the last. nll: of held-out text, if measured."""
         seconds, steps = time.perf_counter() - self.time, step - self.timed_from
+        if not steps:  # the line of the first step alone
+            seconds, steps = self.first, 1
         speed = steps * self.tokens / seconds
         loss = self.state["loss"] / (step - self.state["logged_step"])
         line = {"step": step, "tokens": step * self.tokens, "loss": loss, **figures}
         line |= {"tokens_per_second": speed, "waiting": self.waited / seconds}
         line["peak_memory_gb"] = peak_memory(self.world.device) / 1e9
+        if self.first:
+            line["first_step_seconds"], self.first = self.first, 0.0
         if self.peak:
             line["mfu"] = steps * self.flops / seconds / (self.peak * self.world.size)
         scalars = {name: value for name, value in line.items() if name != "step"}
@@ -76,7 +87,7 @@ class RunLog:
                 self.tensorboard.add_scalar(name, value, step)
         self.bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_second=f"{speed:,.0f}")
         self.state |= {"logged_step": step, "loss": 0.0}
-        self.time, self.timed_from, self.waited = time.perf_counter(), step, 0.0
+        self._time_from(step)
 
     def flush(self) -> None:
         """To the disk itself: a checkpoint must not be there without the lines before it."""

@@ -11,6 +11,7 @@ from mala.storage.corpus_formats import Reading
 from mala.words.new_rows import INITS
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
+CHECKPOINTING = ("auto", "on", "off")  # auto: as many of the blocks as must be for the memory there is
 METHODS = ("continue", "union")  # further merges on the base's own, or pieces learnt apart, as MaLA-500
 
 
@@ -58,7 +59,8 @@ class Settings(Reading):
 
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    gradient_checkpointing: str = option("auto", "recompute blocks in the backward pass", CHECKPOINTING)
+    moments: str = option("float32", "AdamW's two moments; 8bit: a byte an element each", ("float32", "8bit"))
     compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
 
     def __post_init__(self) -> None:
@@ -84,6 +86,9 @@ class Settings(Reading):
     def lora(self) -> LoRAConfig:
         names = "r lora_alpha lora_dropout target_modules modules_to_save use_rslora".split()
         return LoRAConfig(**{name: getattr(self, name) for name in names})
+
+    def is_compiled(self, device: str) -> bool:
+        return self.compile == "on" or self.compile == "auto" and device != "cpu"
 
     def micro_batch(self, processes: int) -> int:
         """Blocks a forward pass of each process."""

@@ -68,9 +68,8 @@ def check_lora_config(config: Any) -> None:
     if type(config.use_rslora) is not bool:
         raise UserError(f"use_rslora is {config.use_rslora!r}, expected true or false")
     targets, saved = config.target_modules, config.modules_to_save
-    for name in saved:
-        if name not in SAVEABLE:
-            raise UserError(f"modules_to_save names {name!r}, expected some of {', '.join(SAVEABLE)}")
+    if others := sorted(set(saved) - set(SAVEABLE)):
+        raise UserError(f"modules_to_save names {others[0]!r}, expected some of {', '.join(SAVEABLE)}")
     if not targets and not saved:
         raise UserError("target_modules and modules_to_save are both empty: nothing would train")
     blocks, parts = config.layers_to_transform, config.layers_pattern

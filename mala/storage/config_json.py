@@ -72,8 +72,7 @@ def check_config(config: Any) -> None:
     D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     if config.head_dim is None and D % H:
         raise UserError(f"hidden_size {D} is not a multiple of num_attention_heads {H}; give a head_dim")
-    head_dim = config.head_dim or D // H
-    if head_dim % 2:
+    if (head_dim := config.head_dim or D // H) % 2:
         raise UserError(f"head_dim is {head_dim}, expected an even number: rotary positions turn pairs")
     if K is not None and H % K:
         raise UserError(f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")

@@ -8,13 +8,14 @@ folder `swh_Latn/` of files, in the formats of corpus_formats.py. Published corp
     swh_Latn/train.jsonl, validation.jsonl      the MaLA corpus
     v1.0/swh-Latn/swh-Latn_0.parquet            GlotCC
 
-If a language's files, or the folders they lie in, are named for their split, the split is theirs; else its
-last documents are held out. A validation split stands in for a test split that is not there.
+Files that are named for a split, or lie in a folder that is, are that split; of others the last documents are
+held out. A validation split stands in for a test split that is not there.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mala.cli import UserError
-from mala.storage.corpus_formats import DEFAULT, READERS, Reading, format_of, read_documents, say_once
+from mala.storage.corpus_formats import READERS, Reading, format_of, read_documents, say_once
 from mala.storage.files import read_json
 
 LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
@@ -59,25 +60,24 @@ class Documents:
         return islice(chain.from_iterable(texts), *self.bounds())
 
 
+@dataclass(eq=False)
 class Corpus:
     """The documents of a corpus folder, by language and split. If a language has no split but train, or none
     at all, the last `held_out` share of its documents, at most `max_held_out` of them, is its test split, the
-    rest its train split; a share of 1 makes all of it the test split. `languages` narrows the corpus."""
+    rest its train split; a share of 1 makes all of it the test split."""
 
-    def __init__(
-        self,
-        root: str | Path,
-        languages: Sequence[str] = (),
-        held_out: float = 0.2,
-        max_held_out: int = 1000,
-        reading: Reading = DEFAULT,
-    ):
-        self.held_out, self.max_held_out, self.reading = held_out, max_held_out, reading
-        if not 0 <= held_out <= 1:
-            raise UserError(f"the held-out share is {held_out}, expected a number from 0 to 1")
-        self.root = _folder_of_languages(Path(root))
+    root: str | Path
+    languages: Sequence[str] = ()  # all, if none is named
+    held_out: float = 0.2
+    max_held_out: int = 1000
+    reading: Reading = field(default_factory=Reading)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out <= 1:
+            raise UserError(f"the held-out share is {self.held_out}, expected a number from 0 to 1")
+        self.root = _folder_of_languages(Path(self.root))
         files = _find_files(self.root)
-        self.languages = check_languages(self.root, list(files), languages)
+        self.languages = check_languages(self.root, list(files), self.languages)
         self.files: dict[str, Files] = {language: files[language] for language in self.languages}
         self.counts: dict[Path, int] = {}  # documents of each file, counted when they are first asked for
         self._say_what_is_test()
@@ -122,14 +122,13 @@ class Corpus:
         parts = {language: self.documents(language, split) for language in self.languages}
         found = {name: part for name, part in progress(parts.items(), f"counting {split}") if len(part)}
         if not found:
-            wrong = f"the corpus is empty: no language has a document in its {split} split"
-            raise UserError(f"{self.root}: {wrong}; name files for it, or change the share {self.held_out}")
+            empty = f"the corpus is empty: no language has a document in its {split} split"
+            raise UserError(f"{self.root}: {empty}; name files for it, or change the share {self.held_out}")
         return found
 
     def load(self, split: str) -> dict[str, list[str]]:
         """`stream`, but read into memory."""
-        parts = self.stream(split)
-        return {language: list(part) for language, part in progress(parts.items(), f"reading {split}")}
+        return {name: list(part) for name, part in progress(self.stream(split).items(), f"reading {split}")}
 
 
 def script_of(language: str) -> str:
@@ -158,16 +157,14 @@ def language_shares(documents: list[int], alpha: float) -> np.ndarray:
 
 def _folder_of_languages(root: Path) -> Path:
     """The folder itself, or the one below it that holds the languages: FineWeb-2's data/, GlotCC's v1.0/."""
-    expected = "expected a corpus with one entry per language"
     if not root.is_dir():
-        raise UserError(f"{root}: {'a file' if root.exists() else 'there is no such folder'}; {expected}")
+        found = "a file" if root.exists() else "there is no such folder"
+        raise UserError(f"{root}: {found}; expected a corpus with one entry per language")
     if any(map(_language_of, _visible(root))):
         return root
-    if _language_of(root.resolve()) and _files_of(root, None, defaultdict(list)):
-        remedy = f"name the folder above it, with --langs {_language_of(root.resolve())}"
-        raise UserError(f"{root}: one language's folder, {expected}; {remedy}")
-    folders = [entry for entry in _visible(root) if entry.is_dir()]
-    inner = [folder for folder in folders if any(map(_language_of, _visible(folder)))]
+    if (language := _language_of(root.resolve())) and _files_of(root, None, defaultdict(list)):
+        raise UserError(f"{root}: one language's folder; name the folder above it, with --langs {language}")
+    inner = [one for one in _visible(root) if one.is_dir() and any(map(_language_of, _visible(one)))]
     if len(inner) > 1:
         names = some([folder.name for folder in inner])
         raise UserError(f"{root}: the folders {names} hold languages, expected one such; name one of them")
@@ -183,12 +180,10 @@ def _find_files(root: Path) -> dict[str, Files]:
             skipped["no language's name, such as swh_Latn"].append(entry)
         elif files := _files_of(entry, None, skipped):
             if language in found:
-                second = f"{language} has two entries, the second is {entry.name}"
-                raise UserError(f"{root}: {second}; expected one")
+                raise UserError(f"{root}: {language} has two entries, one is {entry.name}; expected one")
             found[language] = files
-    said = []
-    for why, entries in skipped.items():
-        said.append(f"skipped {some([str(entry.relative_to(root)) for entry in entries])}: {why}")
+    names = {why: [str(entry.relative_to(root)) for entry in entries] for why, entries in skipped.items()}
+    said = [f"skipped {some(of_reason)}: {why}" for why, of_reason in names.items()]
     if not found:
         expected = "expected entries such as swh_Latn.txt or swh_Latn/"
         raise UserError("; ".join([f"{root}: no corpus", *said, expected]))
@@ -222,20 +217,19 @@ def _named_shards(folder: Path) -> list[str]:
     """The Arrow files that belong to what `datasets` left in a folder, others there are stale: `save_to_disk`
     names them in state.json; from the dataset_info.json of its cache their names follow."""
     state, info = folder / "state.json", folder / "dataset_info.json"
-    names, source = [], state if state.exists() else info
+    source = state if state.exists() else info
+    content = read_json(source) if source.exists() else {}
     try:
-        if state.exists():
-            names = [shard["filename"] for shard in read_json(state).get("_data_files") or ()]
-        elif info.exists():
-            for split, about in (read_json(info).get("splits") or {}).items():
-                stem, count = f"{about.get('dataset_name')}-{split}", len(about.get("shard_lengths") or ())
-                names += [f"{stem}-{i:05}-of-{count:05}.arrow" for i in range(count)] or [f"{stem}.arrow"]
+        names = [shard["filename"] for shard in content.get("_data_files") or ()]
+        for split, about in (content.get("splits") or {}).items():
+            stem, count = f"{about.get('dataset_name')}-{split}", len(about.get("shard_lengths") or ())
+            names += [f"{stem}-{i:05}-of-{count:05}.arrow" for i in range(count)] or [f"{stem}.arrow"]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{source}: names no shards as `datasets` does; download it again") from None
-    there = [name for name in names if (folder / name).exists()]
-    if source == info and not there:
+    missing = [name for name in names if not (folder / name).exists()]
+    if source == info and missing == names:
         return []  # this file lies beside other formats, too
-    if missing := [name for name in names if name not in there]:
+    if missing:
         named = f"there is no such file, which {source.name} beside it names"
         raise UserError(f"{folder / missing[0]}: {named}; download it again")
     return names

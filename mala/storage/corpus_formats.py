@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from mala.cli import UserError, option
 from mala.storage.files import refuse_pointer
@@ -85,7 +84,7 @@ def format_of(file: Path) -> str:
 
 def read_lines(file: Path, bad: BadLines | None = None, is_csv: bool = False) -> Iterator[tuple[int, str]]:
     """(number from 1, text) of every line that is not blank, of a UTF-8 file, plain or `.gz`. is_csv: blank
-    lines, too, and all with their ends, since a quoted field may go on over them."""
+    lines, too, and all with their ends, which may lie within a quoted field."""
     with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
         try:
             for number, raw in enumerate(lines, 1):  # bytes: only \n ends a line, not U+2028 and its like
@@ -117,25 +116,25 @@ def _read_jsonl(file: Path, text_field: str | None, bad: BadLines) -> Iterator[s
             text = row[text_field]
             text.encode()  # half a surrogate pair, "\ud800", is JSON but no text
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            if text is None and isinstance(row, dict) and text_field in row:
+            fault = f'is not a JSON object with a string "{text_field or TEXT_FIELDS[0]}"'
+            if isinstance(row, dict) and text_field not in row:
+                fault += f"; {_fields(row)}"
+            elif isinstance(row, dict) and text is None:
                 continue  # null, which is no text in a table either
-            bad.add(number, _fault(row, text_field))
+            bad.add(number, fault)
         else:
             yield text
-
-
-def _fault(row: Any, text_field: str | None) -> str:
-    expected = f'is not a JSON object with a string "{text_field or TEXT_FIELDS[0]}"'
-    return f"{expected}; {_fields(row)}" if isinstance(row, dict) and text_field not in row else expected
 
 
 def _fields(names: Sequence[str]) -> str:
     return f"its fields are {', '.join(names) or 'none'}: name the text's with --text-field"
 
 
-def read_tsv(file: Path, is_csv: bool) -> Iterator[tuple[int, list[str]]]:
-    """(line where it begins, its three columns) of each row of a benchmark's file. is_csv: a field with a
-    quote stands in quotes, its own doubled (SIB-200); else quotes are text. Tabs in the third column are."""
+def read_tsv(file: Path, header: list[str] | None) -> Iterator[tuple[int, list[str]]]:
+    """(line where it begins, its three columns) of each row of a benchmark's file. One that begins with
+    `header` is CSV, as pandas writes it: quotes enclose fields. Else they are text, as are further tabs."""
+    _, first_line = next(read_lines(file), (1, ""))
+    is_csv = first_line.replace('"', "").split("\t") == header
     rows = _csv_rows(file) if is_csv else ((n, line.split("\t")) for n, line in read_lines(file))
     for number, cells in rows:
         if len(cells) < 3:
@@ -154,18 +153,14 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
                 yield first, cells
             first = rows.line_num + 1
     except csv.Error as error:
-        found = f"line {first} begins a row that is no CSV with tabs as pandas writes it ({error})"
-        expected = "expected a text with quotes within quotes that close, its own doubled"
-        raise UserError(f"{file}: {found}, {expected}; download the file again, or mend the row") from None
+        found = f"{file}: line {first} begins a row that is no CSV with tabs as pandas writes it ({error})"
+        remedy = "expected quotes that close, a text's own doubled; download the file again, or mend the row"
+        raise UserError(f"{found}; {remedy}") from None
 
 
 def _read_benchmark(file: Path, text_field: str | None, bad: BadLines) -> Iterator[str]:
     """The text of SIB-200's rows, which lie below a header, or Taxi1500's, which have none."""
-    _, first_line = next(read_lines(file), (1, ""))
-    is_csv = first_line.replace('"', "").split("\t") == SIB200_HEADER
-    for row, (_, cells) in enumerate(read_tsv(file, is_csv)):
-        if row or not is_csv:
-            yield cells[2]
+    return (cells[2] for _, cells in read_tsv(file, SIB200_HEADER) if cells != SIB200_HEADER)
 
 
 def _read_table(file: Path, text_field: str | None, bad: BadLines) -> Iterator[str]:
@@ -177,24 +172,19 @@ def _read_table(file: Path, text_field: str | None, bad: BadLines) -> Iterator[s
         raise UserError(f"{file}: reading .parquet and .arrow takes pyarrow: pip install pyarrow") from None
     with open(file, "rb") as opened:
         magic = opened.read(6)
+    is_parquet, is_file = magic.startswith(b"PAR1"), magic == b"ARROW1"
+    reader = pq.ParquetFile if is_parquet else pa.ipc.open_file if is_file else pa.ipc.open_stream
     try:
-        if magic.startswith(b"PAR1"):
-            table = pq.ParquetFile(file)
-            schema = table.schema_arrow
-        else:
-            is_file, mapped = magic == b"ARROW1", pa.memory_map(str(file))
-            table = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
-            schema = table.schema
+        table = reader(pa.memory_map(str(file)))
+        schema = table.schema_arrow if is_parquet else table.schema
         text_field = text_field or next((name for name in TEXT_FIELDS if name in schema.names), None)
         if text_field not in schema.names:
-            missing = f"no column {text_field or TEXT_FIELDS[0]!r}"
-            raise UserError(f"{file}: {missing}; {_fields(schema.names)}")
+            raise UserError(f"{file}: no column {text_field or TEXT_FIELDS[0]!r}; {_fields(schema.names)}")
         kind = schema.field(text_field).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if str(kind) not in ("string", "large_string", "string_view", "null"):
-            found = f"column {text_field!r} is {kind}, expected string"
-            raise UserError(f"{file}: {found}; {_fields(schema.names)}")
-        if magic.startswith(b"PAR1"):
+            raise UserError(f"{file}: column {text_field!r} is {kind}, no string; {_fields(schema.names)}")
+        if is_parquet:
             batches = table.iter_batches(columns=[text_field])
         else:
             batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table

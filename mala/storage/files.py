@@ -75,8 +75,7 @@ def named(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO]:
     """`atomic_path`, opened; text is UTF-8."""
-    encoding = None if "b" in mode else "utf-8"
-    with atomic_path(path) as temporary, open(temporary, mode, encoding=encoding) as file:
+    with atomic_path(path) as new, open(new, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
 
 
@@ -116,8 +115,7 @@ def lock(folder: Path, wait: bool = False) -> IO:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        found = f"{folder}: another run is writing here"
-        raise UserError(f"{found}; wait for it, or name another folder") from None
+        raise UserError(f"{folder}: another run is writing here; wait, or name another folder") from None
     except (ImportError, OSError):
         pass
     return file

@@ -8,9 +8,12 @@ import torch
 
 from mala.cli import UserError, option
 from mala.model import Llama
+from mala.running import distributed
+from mala.running.distributed import World
 from mala.storage.files import read_json
-from mala.storage.peft_adapter import load_adapter
+from mala.storage.peft_adapter import fill_adapter, load_adapter
 from mala.storage.tokenizer_files import holds_tokenizer
+from mala.storage.weights import fill_weights
 from mala.words.tokenizer import Tokenizer, load_tokenizer
 
 DEMO_RUN = Path("out/demo")  # what `python train.py` leaves
@@ -73,13 +76,22 @@ def base_of(adapter: Path) -> Path:
     return base
 
 
-def load_model(base: Path, adapter: Path | None, dtype: torch.dtype, device: str) -> tuple[Llama, Tokenizer]:
-    """To run, not to train. An adapter's tokenizer goes before its base's."""
-    model = Llama.from_pretrained(base, dtype, device)
+def load_model(
+    base: Path, adapter: Path | None, dtype: torch.dtype, world: World, shard: str = "off"
+) -> tuple[Llama, Tokenizer]:
+    """To run, not to train. An adapter's tokenizer goes before its base's. shard: `on`, the processes share
+    one model, `off`, each has its own; `auto`, they share one that some process's GPU cannot hold."""
+    model = Llama.from_pretrained(base, dtype, "meta")  # names, shapes and dtypes, without memory
     if adapter is not None:
         load_adapter(model, adapter)
-        if holds_tokenizer(adapter):
-            base = adapter
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(adapter if adapter is not None and holds_tokenizer(adapter) else base)
     tokenizer.check_fits(model.config.vocab_size)
+    if shard == "auto" and world.device != "cpu":
+        weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        is_too_large = weights > 0.8 * torch.cuda.mem_get_info(world.device)[0]  # the rest: batches
+        shard = "on" if world.sum(torch.tensor(int(is_too_large), device=world.device)) else "off"
+    distributed.shard(model, world if shard == "on" else World(device=world.device))
+    fill_weights(model, base)
+    if adapter is not None:
+        fill_adapter(model, adapter)
     return model.eval(), tokenizer

@@ -11,6 +11,7 @@ from torch import nn
 from mala.cli import REQUIRED, UserError, option, parse_command
 from mala.lora import LoRAConfig, LoRALinear, add_lora, has_adapter, merge_lora, saved_modules
 from mala.model import Llama, LlamaConfig
+from mala.running.distributed import fill
 from mala.storage.adapter_config import SAVEABLE, read_adapter_config
 from mala.storage.files import atomic_directory, read_json, write_json
 from mala.storage.tokenizer_files import copy_companions, copy_tokenizer, holds_tokenizer
@@ -32,16 +33,15 @@ def adapter_tensors(model: Llama, saved: tuple[str, ...]) -> dict[str, nn.Parame
     return tensors
 
 
-def save_adapter(model: Llama, directory: str | Path, base: str = "", tensors: Tensors | None = None) -> None:
+def save_adapter(model: Llama, directory: str | Path | None, base: str = "") -> None:
     """Write the adapter in PEFT's format. Raises UserError if the model has none. base: where its base lies,
-    for whoever loads it. tensors: those of `adapter_tensors`, if processes had to gather them."""
+    for whoever loads it. With directory=None a process only gives its part, see `write_tensors`."""
     if not has_adapter(model):
         raise UserError("the model has no adapter to save; a merged one is part of the model's weights")
-    tensors = dict(tensors or adapter_tensors(model, model.lora_saved))
-    if model.config.tie_word_embeddings and LM_HEAD in tensors:
-        # Written twice, as PEFT does: safetensors refuses two names for one memory.
-        tensors[LM_HEAD] = tensors[LM_HEAD].detach().clone()
-    write_tensors(Path(directory) / "adapter_model.safetensors", tensors)
+    tensors = adapter_tensors(model, model.lora_saved)  # of one matrix under two names both, as PEFT does
+    write_tensors(directory and Path(directory) / "adapter_model.safetensors", tensors)
+    if directory is None:
+        return
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
     config = {**asdict(model.lora_config), **settings, "base_model_name_or_path": base}
     write_json(Path(directory) / "adapter_config.json", config)
@@ -83,8 +83,14 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
         model.replace_vocabulary(*matrices)
     add_lora(model, config)
     model.lora_saved = saved
-    for name, parameter in adapter_tensors(model, ()).items():
-        parameter.copy_(tensors[name])
+    fill_adapter(model, directory)
+
+
+def fill_adapter(model: Llama, directory: Path) -> None:
+    """Fill a model that has been to `load_adapter`, maybe on `meta`; of a sharded one, a process's part."""
+    _, tensors = _read_adapter(directory)
+    for name, parameter in adapter_tensors(model, model.lora_saved).items():
+        fill(parameter, tensors[name])
 
 
 def _check_fits(base: LlamaConfig, lora: LoRAConfig, saved: tuple, file: Path, tensors: Tensors) -> None:
@@ -104,7 +110,7 @@ def _check_fits(base: LlamaConfig, lora: LoRAConfig, saved: tuple, file: Path, t
         if tensor.shape != shape or not tensor.is_floating_point():
             found += f" is {tensor.dtype} {tuple(tensor.shape)}"
             raise UserError(f"{found}, expected floating point {shape}")
-        if not tensor.isfinite().all():
+        if not all(rows.isfinite().all() for rows in tensor.split(4096)):  # it makes copies
             raise UserError(f"{found} holds NaN or infinity, expected numbers; its training diverged")
 
 

@@ -1,11 +1,11 @@
 """The files that a tokenizer is made of, and how they travel: all of them from one folder, or none.
 
 SentencePiece reads `tokenizer.model`, the package `tokenizers` reads `tokenizer.json`, and transformers reads
-`tokenizer_config.json` and then one of the two. We write all three, so that every reader gives the same ids:
-transformers 5 would rebuild the merges of a `tokenizer.model` in the order of its ids, SentencePiece goes by
-the scores, and in a union these two orders differ.
+`tokenizer_config.json` and one of the two. We write all three, so that every reader gives the same ids: of a
+`tokenizer.model` transformers 5 merges in the order of ids and not of scores, which differ in a union.
 """
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any
 from mala.cli import UserError
 from mala.storage.files import read_json, write_json
 from mala.storage.weights import INDEX, OTHER_WEIGHTS
-from mala.words.tokenizer import Tokenizer, reads_json
-from mala.words.tokenizer_json import to_json
+from mala.words.tokenizer import NORMALIZER_SPEC, WORD_START, Tokenizer, reads_json
 
 PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")  # what an extension replaces
 ADDED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")  # where tokens are added to them
 TOKENIZER_FILES = {*PIECES, *ADDED, "special_tokens_map.json", "chat_template.jinja", "chat_template.json"}
+Object = dict[str, Any]  # of JSON
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -30,8 +30,7 @@ def holds_tokenizer(folder: Path) -> bool:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the small files beside weights and tokenizer: generation_config.json, the licence, …"""
     for file in sorted(source.iterdir()):
-        is_weights = file.suffix in OTHER_WEIGHTS or file.name == INDEX
-        if file.is_file() and not is_weights and file.name not in TOKENIZER_FILES:
+        if file.is_file() and file.suffix not in OTHER_WEIGHTS and file.name not in {*TOKENIZER_FILES, INDEX}:
             shutil.copyfile(file, target / file.name)
 
 
@@ -54,9 +53,8 @@ def copy_tokenizer(source: Path, target: Path, rows: int, merged: Tokenizer | No
 
 
 def added_tokens(folder: Path, pieces: int, rows: int) -> dict[int, str]:
-    """id -> text of each token that transformers' files add after a SentencePiece model's `pieces` (0: of all
-    tokens, if there is no such model). Raises UserError if two files contradict each other, and for a token
-    that has none of the model's `rows`."""
+    """id -> text of each token that transformers' files add after a model's `pieces` (0: of all tokens).
+    Raises UserError if two files contradict each other, and for a token that has none of a model's `rows`."""
     found: dict[int, tuple[str, Path]] = {}
     for file in (folder / name for name in ADDED):
         values = read_json(file) if file.exists() else {}
@@ -84,7 +82,7 @@ def write_for_transformers(tokenizer: Tokenizer, folder: Path, added: dict[int, 
     the folder's own tokenizer_config.json says otherwise stays: `<s>` or not, `</s>` or not, a template."""
     file, model = folder / "tokenizer_config.json", tokenizer.processor
     names = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
-    config: dict[str, Any] = {name: tokenizer.pieces[id] for name, id in names.items() if id >= 0}
+    config: Object = {name: tokenizer.pieces[id] for name, id in names.items() if id >= 0}
     config |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30}
     own = read_json(file) if file.exists() else {}
     config |= {key: value for key, value in own.items() if key not in ("legacy", "add_prefix_space")}
@@ -95,3 +93,58 @@ def write_for_transformers(tokenizer: Tokenizer, folder: Path, added: dict[int, 
     content = to_json(tokenizer, added, *around)
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     write_json(file, config)
+
+
+def to_json(tokenizer: Tokenizer, added: dict[int, str], before: list[int], after: list[int]) -> Object:
+    """A BPE model as a `tokenizer.json`, with the tokens `before` and `after` each text. added: those of
+    `added_tokens`. Source: huggingface.co/docs/tokenizers. Trap: after a user-defined symbol, which LLaMA has
+    none of, `tokenizers` begins a word anew and SentencePiece does not."""
+    pieces, types = tokenizer.pieces, tokenizer.types
+    # UNKNOWN (2) and CONTROL (3) pieces are special; USER_DEFINED ones (4) are cut out of a text.
+    found = {id: pieces[id] for id, kind in enumerate(types) if kind in (2, 3, 4)} | added
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokens = [{"id": id, "content": content, **plain} for id, content in found.items()]
+    tokens = [token | {"special": token["id"] in added or types[token["id"]] != 4} for token in tokens]
+
+    def template(text: str, type_id: int) -> list[Object]:
+        parts = [("SpecialToken", pieces[id]) for id in before] + [("Sequence", text)]
+        parts += [("SpecialToken", pieces[id]) for id in after]
+        return [{kind: {"id": name, "type_id": type_id}} for kind, name in parts]
+
+    special = {pieces[id]: {"id": pieces[id], "ids": [id], "tokens": [pieces[id]]} for id in before + after}
+    templates = {"single": template("A", 0), "pair": template("A", 0) + template("B", 1)}
+    steps, decoders = normalisation(tokenizer.specification(NORMALIZER_SPEC))
+    model = {"type": "BPE", "dropout": None, "unk_token": pieces[tokenizer.processor.unk_id()]}
+    model |= {"continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True}
+    model |= {"byte_fallback": len(tokenizer.byte_ids) == 256, "ignore_merges": False}
+    model |= {"vocab": {piece: id for id, piece in enumerate(pieces)}, "merges": merges(tokenizer)}
+    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens}
+    content |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    content["post_processor"] = {"type": "TemplateProcessing", **templates, "special_tokens": special}
+    return content | {"decoder": {"type": "Sequence", "decoders": decoders}, "model": model}
+
+
+def merges(tokenizer: Tokenizer) -> list[list[str]]:
+    """Every way to cut a piece in two pieces, the highest score first. Trap: SentencePiece merges pieces of
+    equal scores from left to right, and no list says that; so what we write has no equal scores."""
+    scores = tokenizer.scores()
+    ranked = sorted(scores, key=lambda piece: -scores[piece])  # stable: of equal ones the lower id
+    cuts = [(piece[:at], piece[at:]) for piece in ranked for at in range(1, len(piece))]
+    return [[left, right] for left, right in cuts if left in scores and right in scores]
+
+
+def normalisation(spec: Object) -> tuple[list[Object], list[Object]]:
+    """What a NormalizerSpec does to a text, and what takes it back."""
+    steps: list[Object] = []
+    if spec.get(2):  # precompiled_charsmap: NFKC or the like
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[2]).decode()})
+    if spec.get(4, 1):  # remove_extra_whitespaces
+        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}
+    decoders = [{"type": "Replace", "pattern": {"String": WORD_START}, "content": " "}]
+    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    if spec.get(3, 1):  # add_dummy_prefix
+        steps.append({"type": "Prepend", "prepend": WORD_START})
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return [*steps, spaces], decoders

@@ -24,10 +24,12 @@ ADAPTER, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 
 
-def write_state(folder: Path, moments: Tensors, state: dict[str, Any]) -> None:
-    """Make an adapter's folder a checkpoint: `moments` are the optimizer's tensors, `state` is JSON."""
-    write_tensors(folder / OPTIMIZER, moments)
-    write_json(folder / STATE, state)
+def write_state(folder: Path | None, moments: Tensors, state: dict[str, Any]) -> None:
+    """Make an adapter's folder a checkpoint: `moments` are the optimizer's tensors, `state` is JSON. With
+    folder=None a process only gives its part, see `write_tensors`."""
+    write_tensors(folder and folder / OPTIMIZER, moments)
+    if folder is not None:
+        write_json(folder / STATE, state)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

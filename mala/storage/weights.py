@@ -6,21 +6,26 @@
 
 import json
 import zipfile
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mala.cli import UserError
+from mala.running.distributed import fill, parts
 from mala.storage.files import COPY_BYTES, atomic_path, read_json, refuse_pointer, write_json
 
 Tensors = dict[str, Tensor]  # by name
 Device = torch.device | str
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 1000**3  # as transformers cuts
+# safetensors' names of dtypes, in the order in which it sorts the tensors of a file: the last come first.
+DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16",
+          torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}  # fmt: skip
 # Weights in other formats, which do not go with a checkpoint of other weights.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -90,13 +95,14 @@ def load_weights(model: nn.Module, directory: Path, dtype: torch.dtype | None, d
     """Fill a Llama that was built on `meta` from a model folder: each tensor is mapped, cast and moved alone.
     Raises UserError if one is missing, left over, of another shape or not floating point."""
     missing = {name: parameter.shape for name, parameter in model.named_parameters()}
-    is_tied, tied_head = model.config.tie_word_embeddings, None
+    is_tied, tied = model.config.tie_word_embeddings, []
     for name, tensor in read_weights(directory):
         if name.endswith("rotary_emb.inv_freq"):  # a buffer that old exports hold; it follows from the config
             continue
-        if name == "lm_head.weight" and is_tied:  # old exports hold the one matrix twice
-            tied_head = tensor.to(device=device, dtype=dtype)
-            continue
+        if is_tied and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tied.append(tensor)
+            if name == "lm_head.weight":  # old exports hold the one matrix twice
+                continue
         if name not in missing:
             raise UserError(f"{directory}: the weights hold {name!r}, which config.json has no place for")
         shape = missing.pop(name)
@@ -110,15 +116,22 @@ def load_weights(model: nn.Module, directory: Path, dtype: torch.dtype | None, d
         first = next(iter(missing))
         raise UserError(f"{directory}: the weights lack {len(missing)} tensors, the first is {first!r}")
     model.tie_weights()
-    if tied_head is not None and not tied_head.is_meta and not torch.equal(tied_head, model.lm_head.weight):
+    if len(tied) == 2 and not torch.equal(*tied):
         raise UserError(f"{directory}: lm_head.weight is not embed_tokens, but config.json ties the two")
 
 
+def fill_weights(model: nn.Module, directory: Path) -> None:
+    """Fill a Llama whose shapes and dtypes come from `load_weights` on `meta`, and which has memory now; of a
+    sharded one, a process's part. What has other rows by now an adapter brings, and it is left out."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in read_weights(directory):
+        if name in parameters and parameters[name].shape == tensor.shape:
+            fill(parameters[name], tensor, model.compute_dtype)  # as if it came to train only then
+
+
 def rewrite_tensors(source: Path, target: Path, changed: Tensors) -> None:
-    """Copy a safetensors file as bytes, with tensors of the same dtype in place of those in `changed`. Such a
-    file is the length of its header (8 bytes, little-endian), the header, JSON with every tensor's dtype,
-    shape and place, and the tensors' bytes (github.com/huggingface/safetensors, "Format")."""
-    with open(source, "rb") as old, open(target, "wb") as new:
+    """Copy a safetensors file as bytes, with tensors of the same dtype in place of those in `changed`."""
+    with open(source, "rb") as old:
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
         data, end = old.tell(), 0
         spans = sorted((*one["data_offsets"], name) for name, one in header.items() if name != "__metadata__")
@@ -128,16 +141,28 @@ def rewrite_tensors(source: Path, target: Path, changed: Tensors) -> None:
                 header[name]["shape"], size = list(changed[name].shape), changed[name].nbytes
             header[name]["data_offsets"] = [end, end + size]
             end += size
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8 bytes
-        new.write(len(encoded).to_bytes(8, "little") + encoded)
-        for start, stop, name in spans:
-            if name in changed:
-                new.write(changed[name].detach().cpu().contiguous().view(torch.uint8).numpy())
-                continue
-            old.seek(data + start)
-            for left in range(stop - start, 0, -COPY_BYTES):
-                new.write(old.read(min(left, COPY_BYTES)))
+
+        def content() -> Iterator[Tensor | bytes]:
+            for start, stop, name in spans:
+                old.seek(data + start)
+                lengths = (min(left, COPY_BYTES) for left in range(stop - start, 0, -COPY_BYTES))
+                yield from [changed[name]] if name in changed else map(old.read, lengths)
+
+        _write(target, header, content())
+
+
+def _write(file: Path, header: dict[str, Any], content: Iterable[Tensor | bytes]) -> None:
+    """A safetensors file is the length of its header (8 bytes, little-endian), the header, JSON with every
+    tensor's dtype, shape and place, and the tensors' bytes (github.com/huggingface/safetensors, "Format")."""
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8 bytes
+    with open(file, "wb") as opened:
+        opened.write(len(encoded).to_bytes(8, "little") + encoded)
+        for one in content:
+            if isinstance(one, Tensor):  # flat, since a single number cannot be seen as bytes
+                one = one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            opened.write(one)
+            del one  # before the next is made
 
 
 def write_weights(directory: Path, tensors: Tensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -171,8 +196,19 @@ def write_index(directory: Path, shards: list[Path]) -> None:
     write_json(directory / INDEX, {"metadata": totals, "weight_map": weight_map})
 
 
-def write_tensors(file: Path, tensors: Tensors) -> None:
-    """One safetensors file; `format: pt` is what transformers and PEFT look for."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def write_tensors(file: Path | None, tensors: Tensors) -> None:
+    """One safetensors file, to the byte what `safetensors.torch.save_file` writes, but as a stream: no more
+    than a tensor is held beside the model, and of a sharded one a part at a time. Then all processes call it,
+    with None for the file if they only give their parts."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # what transformers and PEFT look for
+    names = sorted(tensors, key=lambda name: (-[*DTYPES].index(tensors[name].dtype), name))
+    for name in names:
+        tensor = tensors[name]
+        span = [end, end := end + tensor.numel() * tensor.itemsize]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": span}
+    content = (part for name in names for part in parts(tensors[name]))
+    if file is None:
+        deque(content, maxlen=0)  # asks for them all
+        return
     with atomic_path(file) as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
+        _write(temporary, header, content)

@@ -1,10 +1,9 @@
 """Merge pieces into a BPE model, each with its score: the higher of two scores is merged first.
 
-`merge` makes a union of two models. It leaves pieces that no text produces: to build one, an intermediate
-piece is needed that a merge of the other model has used up. `continue_merges` first segments text as the base
-does it, and only then merges neighbours further ("Teaching Old Tokenizers New Words", arXiv 2512.03989, does
-this for byte-level BPE). Each new piece has a lower score than all before it, so an encoder does everything
-it did before, and the new merges after that, in the order learnt.
+`merge` makes a union of two models. Some of its pieces no text produces: to build one, an intermediate piece
+is needed that a merge of the other model has used up. `continue_merges` segments text as the base does, and
+then merges neighbours further ("Teaching Old Tokenizers New Words", arXiv 2512.03989, for byte-level BPE).
+Each new piece scores below all before it, so an encoder does what it did before, and then the new merges.
 
 Why every new piece is reachable: when it is learnt, its two halves stand side by side in a word, each the
 outcome of merges that stayed within it. Alone between characters that merge with nothing, the same merges
@@ -31,13 +30,9 @@ Scores = dict[str, float]  # piece -> score; the higher is merged first
 
 
 def merge(base: Tokenizer, new: Tokenizer, published: bool = False) -> bytes:
-    """`merge --method union`: the base's model, then each piece of `new` that it lacks, with its score. This
-    is MaLA-500's way, and leaves pieces that no text produces. Raises UserError if one is no BPE model.
-
-    - Control, unknown and byte pieces of `new` are left out: they stay the base's. So are
-      user-defined symbols and unused pieces, and what the base's normaliser changes: no text holds it.
-    - No new piece has the score of another, which readers would rank differently, unless it is `published`.
-    """
+    """`merge --method union`, as MaLA-500: the base's model, then each NORMAL piece of `new` that it lacks,
+    with its score. What the base's normaliser changes is left out: no text holds it. Unless `published`, no
+    new piece has another's score: readers would rank them differently. Raises UserError for no BPE model."""
     base.check_bpe()
     new.check_bpe()
     known = set(base.pieces)
@@ -58,23 +53,21 @@ def distinct(scores: Scores, taken: set[float]) -> Scores:
     """The scores, each a little lower where it was `taken`, so that the order of unequal ones stays."""
     found: Scores = {}
     for piece, score in scores.items():
-        score = np.float32(score)
-        while float(score) in taken:
-            score = lower(score, np.float32(2**-10))
-        taken.add(float(score))
-        found[piece] = float(score)
+        while score in taken:
+            score = lower(score, 2**-10)
+        taken.add(score)
+        found[piece] = score
     return found
 
 
-def lower(score: np.float32, step: np.float32) -> np.float32:
+def lower(score: float, step: float) -> float:
     """Trap: LLaMA 2 scores its runs of spaces -1e9, where float32 goes in steps of 64: -1e9 - 1 is -1e9."""
-    return min(score - step, np.nextafter(score, np.float32(-np.inf)))
+    return float(min(np.float32(score - step), np.nextafter(np.float32(score), np.float32(-np.inf))))
 
 
 def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
-    """`merge --method continue`: the base's model, then `size` pieces learnt on top of its own merges. Each
-    is scored below every base piece and below the one before. Raises UserError if the base is no BPE model
-    with bytes, and if the text yields fewer pieces."""
+    """`merge --method continue`: the base's model, then `size` pieces learnt on top of its own merges, each
+    with a lower score. Raises UserError for no BPE model with bytes, and if the text yields fewer pieces."""
     base.check_bpe()
     if len(base.byte_ids) < 256:
         raise UserError(f"{base.name}: has no byte pieces, expected 256, for characters that are no pieces")
@@ -89,10 +82,9 @@ def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
     pieces = learn_pieces(counts, symbols, known, size)
     if (found := len(pieces)) < size:
         raise UserError(f"cannot learn {size} pieces from this corpus: it yields {found}; ask for as many")
-    score, scores = np.float32(min(known.values())), {}
+    score, scores = min(known.values()), {}
     for piece in pieces:
-        score = lower(score, np.float32(1))
-        scores[piece] = float(score)
+        scores[piece] = score = lower(score, 1)
     return append_pieces(base, scores)
 
 
@@ -104,17 +96,14 @@ def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
         if in_bytes:  # <0xE1> <0x8C> <0xA4> is one character
             pieces = bytes.fromhex("".join(piece[3:5] for piece in pieces)).decode(errors="replace")
         symbols += pieces
-    if "".join(symbols) != word:
-        found = f"reads {word!r} as {''.join(symbols)!r}"
-        raise UserError(f"{base.name}: {found}; expected the word again, from pieces and bytes")
+    if (read := "".join(symbols)) != word:
+        raise UserError(f"{base.name}: reads {word!r} as {read!r}; expected the word, from pieces and bytes")
     return symbols
 
 
 def learn_pieces(words: dict[str, int], symbols: dict[str, list[str]], known: Scores, size: int) -> list[str]:
-    """The next `size` pieces of a BPE, in order; fewer if the text yields no more.
-
-    words: word -> how often it occurs. symbols: word -> the base's segmentation of it, in which a character
-    that is no piece stands for the bytes that it falls back to. known: the base's pieces.
+    """The next `size` pieces of a BPE, in order; fewer if the text yields no more. words: word -> how often.
+    symbols: word -> its segmentation by `_symbols`. known: the base's pieces.
 
     A new piece is the pair of neighbouring pieces, or the character that is no piece yet, which saves the
     most tokens; of several such, the first by text. The savings are counted once, and after that only in the
@@ -165,9 +154,8 @@ def learn_pieces(words: dict[str, int], symbols: dict[str, list[str]], known: Sc
 
 
 def _fragments(symbols: list[str]) -> Iterator[tuple[str, ...]]:
-    """Cut a word where no new piece can lie across: in a fragment all neighbours are joinable, and stay so.
-    What stands between two spaces may be a whole line, in Chinese or Thai: many of its parts are alike, and
-    one of more than MAX_FRAGMENT symbols is cut on, at the cost of a pair."""
+    """Cut a word where no new piece can lie across: in a fragment all neighbours are joinable, and stay so. A
+    "word" of Chinese or Thai may be a whole line: parts of it are alike, and long ones cost a pair a cut."""
     start = 0
     for end in range(1, len(symbols) + 1):
         if end == len(symbols) or end - start == MAX_FRAGMENT or not joinable(symbols[end - 1], symbols[end]):
@@ -184,14 +172,12 @@ def merge_piece(symbols: Sequence[str], piece: str, scores: Scores) -> list[str]
         if symbols[i] + symbols[i + 1] != piece:
             i += 1
             continue
-        symbols[i : i + 2] = [piece]
-        while True:
-            pairs = [at for at in (i - 1, i) if 0 <= at < len(symbols) - 1]
-            pairs = [at for at in pairs if symbols[at] + symbols[at + 1] in scores]
-            if not pairs:
-                break
+        pairs = [i]
+        while pairs:
             i = max(pairs, key=lambda at: scores[symbols[at] + symbols[at + 1]])  # the left one of equal ones
             symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+            pairs = [at for at in (i - 1, i) if 0 <= at < len(symbols) - 1]
+            pairs = [at for at in pairs if symbols[at] + symbols[at + 1] in scores]
     return symbols
 
 

@@ -1,12 +1,12 @@
 """Rows for new pieces: `embed_tokens` and `lm_head` of a checkpoint, resized to a merged vocabulary.
 
-The ways to start them (`--init`) are in the table INITS: from the base's rows and the base's own segmentation
-of each new piece. Shapes: V_base and V rows before and after, D hidden size, N positions of text.
+The ways to start them (`--init`) are in INITS. Each makes rows, chunk by chunk, from the base's rows (V_base,
+D), float32, the base's own segmentation of the new pieces, and the config's initializer_range, `std`.
+Shapes: V_base and V rows before and after, D hidden size, N positions of text.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +27,8 @@ MATRICES = EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK = 4096  # rows made at a time: what is float32 stays small beside the matrix
 Segments = list[list[int]]  # the base tokens of each new piece
 Text = Iterable[tuple[str, int]]  # documents, each with the number of times that it was drawn
+Where = tuple[str, torch.dtype]  # the device and the dtype to compute in
+CPU: Where = ("cpu", torch.float32)
 
 
 def normal(base: Tensor, chunks: Iterable[Segments], std: float, generator: Generator) -> Iterator[Tensor]:
@@ -61,15 +63,14 @@ def subtokens(base: Tensor, chunks: Iterable[Segments], std: float, generator: G
 def calibrate(model: Llama, tokenizer: Tokenizer, first: int, drawn: Text, seed: int) -> None:
     """Shift the head's rows from `first` on so that each piece's mean probability is its share of a text.
 
-    A bias per piece would do that (start at the logarithm of its frequency, and training need not learn it
-    first), but LLaMA's head has none. Its hidden states h have a large common part, though: with m their mean
-    and u = m / |m|², u·h is about 1 everywhere, so w_v + b_v u has the logits of w_v, plus about b_v. The b_v
-    are found by iterative scaling: from 0, b_v += log frequency_v - log mean probability_v (Darroch &
-    Ratcliff 1972). The frequencies come from all of `drawn`, the hidden states from some of it.
+    A bias b_v per piece would do that, but LLaMA's head has none. Its hidden states h have a large common
+    part, though: with m their mean and u = m / |m|², u·h is about 1 everywhere, so w_v + b_v u has the logits
+    of w_v, plus about b_v. Iterative scaling finds the b_v: from 0, b_v += log frequency_v - log mean
+    probability_v (Darroch & Ratcliff 1972). The frequencies come from all of `drawn`, h from some of it.
     """
     positions, rounds = 4096, 5
     weight, device = model.lm_head.weight, model.lm_head.weight.device
-    counts, texts = count_tokens(tokenizer, drawn, np.random.default_rng(seed), keep=positions)
+    counts, texts = count_tokens(tokenizer, drawn, seed, keep=positions)
     frequency = torch.from_numpy(counts + 1).float().to(device)  # once more than seen: no logarithm of 0
     frequency /= frequency.sum()
 
@@ -96,11 +97,9 @@ def calibrate(model: Llama, tokenizer: Tokenizer, first: int, drawn: Text, seed:
         rows.copy_(rows.float() + torch.outer(b, u))
 
 
-def count_tokens(
-    tokenizer: Tokenizer, drawn: Text, rng: np.random.Generator, keep: int
-) -> tuple[np.ndarray, list]:
+def count_tokens(tokenizer: Tokenizer, drawn: Text, seed: int, keep: int) -> tuple[np.ndarray, list]:
     """How often each token occurs in a text, (V,) float64, and `keep` of its documents in random order."""
-    counts, kept = np.zeros(len(tokenizer)), []
+    counts, kept, rng = np.zeros(len(tokenizer)), [], np.random.default_rng(seed)
     documents = enumerate(drawn)
     while batch := list(islice(documents, 1000)):
         encoded = tokenizer.encode_batch([text for _, (text, _) in batch])
@@ -113,37 +112,26 @@ def count_tokens(
     return counts, [kept[i] for i in rng.permutation(len(kept))]
 
 
-@dataclass(frozen=True)
-class Init:
-    """A way for new rows to start. rows: base rows (V_base, D) float32, segments in chunks,
-    initializer_range, generator -> the rows of each chunk. fit: moves them to a text; see `calibrate`."""
-
-    rows: Callable[[Tensor, Iterable[Segments], float, Generator], Iterator[Tensor]]
-    fit: Callable[[Llama, Tokenizer, int, Text, int], None] | None = None
-
-
 INITS = {
-    "normal": Init(normal),  # random, as large as an untrained model's: what MaLA-500's code did
-    "mean": Init(mean),  # the mean of all base rows: what transformers does now
-    "subtokens": Init(subtokens),  # the mean of the rows of the piece's segmentation: the default
-    "calibrated": Init(subtokens, fit=calibrate),  # and the head expects them as often as a text holds them
+    "normal": normal,  # random, as large as an untrained model's: what MaLA-500's code did
+    "mean": mean,  # the mean of all base rows: what transformers does now
+    "subtokens": subtokens,  # the mean of the rows of the piece's segmentation: the default
+    "calibrated": subtokens,  # and the head expects them as often as a text holds them
 }
+FITS = {"calibrated": calibrate}  # what then moves the rows to a text
 
 
-def extended_matrix(
-    old: Tensor, V_base: int, segments: Segments, init: str, std: float, seed: int, is_head: bool
-) -> Tensor:
+def extended_matrix(old: Tensor, V_base: int, segments: Segments, init: str, std: float, seed: int) -> Tensor:
     """old (V_base or more, D) -> (V, D) of the same dtype: V_base old rows, then one for each of `segments`,
     made in float32. Rows of the checkpoint beyond V_base pad its shape, and go."""
-    # embed_tokens and an untied head each have a seed: a row of the one is not the same row of the other.
-    generator = Generator(old.device).manual_seed(2 * seed + is_head)
+    generator = Generator(old.device).manual_seed(seed)
     base = old[:V_base].float()
     if not base.isfinite().all():
         raise UserError("the checkpoint's embed_tokens or lm_head holds NaN or infinity; mend or replace it")
     matrix = old.new_empty(V_base + len(segments), old.shape[1])
     matrix[:V_base] = old[:V_base]
     chunks = (segments[start : start + CHUNK] for start in range(0, len(segments), CHUNK))
-    for new, rows in zip(matrix[V_base:].split(CHUNK), INITS[init].rows(base, chunks, std, generator)):
+    for new, rows in zip(matrix[V_base:].split(CHUNK), INITS[init](base, chunks, std, generator)):
         new.copy_(rows)
     return matrix
 
@@ -161,33 +149,24 @@ def extend_model(
     model: Llama, base: Tokenizer, merged: Tokenizer, init: str = "subtokens", seed: int = 0, drawn: Text = ()
 ) -> None:
     """Give `embed_tokens` and `lm_head` a row for every piece that `merged` adds to `base`, the model's own.
-    drawn: a text for the initialisations with a `fit`. Raises UserError as `segment_new` does."""
+    drawn: a text for the initialisations in FITS. Raises UserError as `segment_new` does."""
     segments, config = segment_new(model.config, base, merged), model.config
-    options = (len(base), segments, init, config.initializer_range, seed)
-    embed_tokens = lm_head = extended_matrix(model.get_parameter(EMBED_TOKENS), *options, False)
+    options = (len(base), segments, init, config.initializer_range)
+    # Each matrix has a seed: a random row of the head is not the same row of the embeddings.
+    embed_tokens = lm_head = extended_matrix(model.get_parameter(EMBED_TOKENS), *options, 2 * seed)
     if not config.tie_word_embeddings:
-        lm_head = extended_matrix(model.get_parameter(LM_HEAD), *options, True)
+        lm_head = extended_matrix(model.get_parameter(LM_HEAD), *options, 2 * seed + 1)
     model.replace_vocabulary(embed_tokens, lm_head)
-    if INITS[init].fit and segments:
-        INITS[init].fit(model, merged, len(base), drawn, seed)
+    if init in FITS and segments:
+        FITS[init](model, merged, len(base), drawn, seed)
 
 
 def extend_checkpoint(
-    source: Path,
-    merged: Tokenizer,
-    out: Path,
-    init: str,
-    seed: int,
-    drawn: Text = (),
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    source: Path, merged: Tokenizer, out: Path, init: str, seed: int, drawn: Text = (), where: Where = CPU
 ) -> None:
-    """`extend_model` from one checkpoint folder to another, which appears when it is complete.
-
-    Only the two matrices are ever in memory, each while its shard is written; all else is copied as bytes. A
-    `fit` runs the model: it is loaded, on `device` in `dtype`, and its two matrices are then written as those
-    of the others. Raises UserError if `out` exists, if `source` is no such checkpoint, and as `extend_model`.
-    """
+    """`extend_model` from one checkpoint folder to another, which appears when it is complete. A matrix is in
+    memory while its shard is written, the model, loaded to `where`, for what is in FITS; all else is copied
+    as bytes. Raises UserError if `out` exists, if `source` is no such checkpoint, and as `extend_model`."""
     config = Llama.from_pretrained(source, device="meta").config  # refuses weights that are not the config's
     base, shards = Tokenizer.from_pretrained(source), weight_files(source)
     added_tokens(source, len(base), rows=len(base))  # where the new pieces go
@@ -197,7 +176,8 @@ def extend_checkpoint(
             raise UserError(f"{merged.name}: adds no piece to {base.name}; nothing to extend")
         found = {name: old for file in shards for name, old in read_tensors(file, MATRICES)}
         fitted = {}
-        if INITS[init].fit:
+        if init in FITS:
+            device, dtype = where
             model = Llama.from_pretrained(source, dtype, device)
             extend_model(model, base, merged, init, seed, drawn)
             fitted = {name: model.get_parameter(name).detach() for name in MATRICES}
@@ -207,8 +187,8 @@ def extend_checkpoint(
             name = EMBED_TOKENS if config.tie_word_embeddings else name
             if fitted:
                 return fitted[name].to("cpu", found[name].dtype)
-            std = config.initializer_range
-            return extended_matrix(found[name], len(base), segments, init, std, seed, name == LM_HEAD)
+            options = (len(base), segments, init, config.initializer_range)
+            return extended_matrix(found[name], *options, 2 * seed + (name == LM_HEAD))
 
         copy_companions(source, temporary)
         copy_tokenizer(source, temporary, len(merged), merged)

@@ -63,12 +63,11 @@ class Tokenizer:
         parts = [value for field, value in message_fields(self.model) if field == number]
         return dict(message_fields(b"".join(parts)))
 
-    def check_fits(self, vocab_size: int) -> None:
-        """Raise UserError if a token of this tokenizer would have no row among a model's `vocab_size`."""
-        if len(self) > vocab_size:
-            found = f"{len(self):,} pieces, but the model has {vocab_size:,} rows"
+    def check_fits(self, rows: int) -> None:
+        """Raise UserError if a token of this tokenizer would have no row in a model."""
+        if len(self) > rows:
             remedy = "use the model's own tokenizer, or extend the model: python -m mala.vocab extend"
-            raise UserError(f"{self.name}: {found}; {remedy}")
+            raise UserError(f"{self.name}: {len(self):,} pieces, but the model has {rows:,} rows; {remedy}")
 
     def check_extends(self, base: "Tokenizer") -> None:
         """Raise UserError if this tokenizer does not begin with all pieces of `base`, in order."""
@@ -115,16 +114,14 @@ class Tokenizer:
         return self.processor.decode([id for id in ids if id < len(self)])  # a model may have more rows
 
     def splits_at_spaces(self) -> bool:
-        """Whether the tokens of a text, its words one space apart, are the tokens of its words. So it is if a
-        BPE model takes text as it is, and no piece holds `▁` after another character. It must know `▁` or
-        bytes, too: unknown characters that are neighbours become one token, across words."""
+        """Whether the tokens of a text, its words one space apart, are the tokens of its words."""
+        scores, normalizer = self.scores(), self.specification(NORMALIZER_SPEC)
         # Text as it is: no precompiled_charsmap (2), a space put before the text (3), and spaces kept (5).
-        normalizer = self.specification(NORMALIZER_SPEC)
         is_plain = not normalizer.get(2) and normalizer.get(3, 1) and normalizer.get(5, 1)
         # USER_DEFINED pieces (type 4) are cut out before BPE begins, wherever they stand.
         is_merged = self.model_type == "bpe" and 4 not in self.types
-        scores = self.scores()
         is_apart = not any(WORD_START in piece.lstrip(WORD_START) for piece in scores)
+        # Unknown characters that are neighbours become one token, across words.
         is_known = WORD_START in scores or len(self.byte_ids) == 256
         return bool(is_plain and is_merged and is_apart and is_known)
 
@@ -142,9 +139,6 @@ class Tokenizer:
 
     def normalise(self, texts: list[str]) -> list[str]:
         """What a text becomes before it is cut into pieces, spaces as `▁`, without a word start before it."""
-        normalizer = self.specification(NORMALIZER_SPEC)
-        if not normalizer.get(2) and not normalizer.get(4, 1):  # no charsmap, and all spaces stay
-            return [text.replace(" ", WORD_START) for text in texts]
         # Between letters of a private area, which combine with nothing, for spaces at the ends to stay.
         normal = self.processor.normalize([f"\ue000{text}\ue000" for text in texts])
         return [text.partition("\ue000")[2].rpartition("\ue000")[0] for text in normal]
@@ -160,8 +154,7 @@ class JsonTokenizer(Tokenizer):
 
             self.fast = tokenizers.Tokenizer.from_str(self.model.decode())
         except ImportError:
-            needed = "the package tokenizers: pip install tokenizers"
-            raise UserError(f"{path}: a tokenizer.json takes {needed}") from None
+            raise UserError(f"{path}: a tokenizer.json takes the package: pip install tokenizers") from None
         except Exception as error:  # the package raises nothing more particular
             found = f"truncated or no tokenizer.json ({str(error)[:200]})"
             raise UserError(f"{path}: {found}; download it again") from None
@@ -201,24 +194,21 @@ class JsonTokenizer(Tokenizer):
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The `tokenizer.model` of a folder, else its `tokenizer.json`. Raises UserError if it has neither."""
-    return (
-        JsonTokenizer(folder / "tokenizer.json") if reads_json(folder) else Tokenizer.from_pretrained(folder)
-    )
+    if reads_json(folder):
+        return JsonTokenizer(folder / "tokenizer.json")
+    return Tokenizer.from_pretrained(folder)
 
 
 def reads_json(folder: Path) -> bool:
-    """Whether a folder's `tokenizer.json` counts: it is there, and no SentencePiece model is beside it, which
-    begins as a ModelProto does; LLaMA 3's `tokenizer.model` does not."""
-    model, has_json = folder / "tokenizer.model", (folder / "tokenizer.json").exists()
-    if not has_json or not model.is_file():
-        return has_json
-    with open(model, "rb") as opened:
-        return opened.read(1) != b"\x0a"
+    """Whether `tokenizer.json` counts: no SentencePiece model lies beside it (LLaMA 3's .model is none)."""
+    model = folder / "tokenizer.model"
+    has_model = model.is_file() and model.read_bytes()[:1] == b"\x0a"  # as a ModelProto begins
+    return (folder / "tokenizer.json").exists() and not has_model
 
 
 class WordPacker(dict):
-    """A text's tokens as bytes, `<s>` first: what `encode` gives, several times faster, since the tokens of a
-    word that was seen before are looked up. dtype: uint16 or uint32, of the tokens, little-endian."""
+    """A text's tokens as bytes, `<s>` first: what `encode` gives, several times faster, since a word's tokens
+    are looked up when it comes again. dtype: uint16 or uint32, of the tokens, little-endian."""
 
     MAX_WORDS = 2**19  # about 100 MB
 

@@ -1,0 +1,86 @@
+"""AdamW (arXiv 1711.05101) whose two moments take a byte an element where PyTorch's take four.
+
+    LLaMA 2 7B with 260,164 rows: 2.1 billion trained elements, 17.1 GB of moments in float32, 4.4 GB here
+
+Blockwise quantization (arXiv 2110.02861): BLOCK neighbours in a row share a scale s, the largest magnitude
+among them, and an element x is kept as a whole number c from -n to n:
+
+    x = s · sign(c) · |c / n|^p        p = 2, n = 127 for the first moment; p = 4, n = 255 for the second
+
+The powers set the numbers close near 0, where most elements lie; the second moment, a square, takes twice the
+power. What is decoded and encoded again gives the same bits.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+BLOCK = 128  # elements that share a scale, which takes 4 bytes; a row that is no multiple of it has one scale
+CHUNK = {"cpu": 2**18, "cuda": 2**24}  # elements that are float32 at a time
+CODES = {"exp_avg": (2, 127, torch.int8), "exp_avg_sq": (4, 255, torch.uint8)}  # p, n, dtype
+
+
+def blocks(x: Tensor) -> Tensor:
+    """(rows, columns) -> (rows, blocks of a row, elements of a block)"""
+    return x.unflatten(1, (-1, BLOCK)) if x.shape[1] % BLOCK == 0 else x[:, None]
+
+
+def encode(x: Tensor, moment: str) -> tuple[Tensor, Tensor]:
+    """float32 (rows, columns) -> codes of that shape, a byte each, and scales (rows, blocks) float32."""
+    p, n, dtype = CODES[moment]
+    scales = blocks(x).abs().amax(2)
+    ratio = blocks(x) / scales[..., None].clamp(min=torch.finfo(torch.float32).tiny)
+    return ((ratio.abs() ** (1 / p) * n).round() * ratio.sign()).to(dtype).view_as(x), scales
+
+
+def decode(codes: Tensor, scales: Tensor, moment: str) -> Tensor:
+    """The float32 (rows, columns) that `encode` was given, rounded."""
+    p, n, _ = CODES[moment]
+    ratio = blocks(codes).float() / n
+    return (ratio.abs() ** p * ratio.sign() * scales[..., None]).view(codes.shape)
+
+
+CODECS = [(function, torch.compile(function, dynamic=True)) for function in (encode, decode)]
+
+
+class AdamW8bit(torch.optim.AdamW):
+    """PyTorch's AdamW for matrices. Its own fused kernel makes each step, some rows at a time: their moments
+    are decoded, and what has become of them is encoded, on a GPU in one compiled kernel each. A parameter's
+    state is sharded as the parameter."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            names = ("lr", "weight_decay", "eps", "amsgrad", "maximize")
+            settings = {name: group[name] for name in names} | dict(zip(("beta1", "beta2"), group["betas"]))
+            for parameter in group["params"]:
+                state = self._state(parameter)
+                kept = [state[f"{moment}{part}"] for moment in CODES for part in ("", "_scales")]
+                whole = [local(tensor) for tensor in (parameter, parameter.grad, *kept)]
+                device = whole[0].device.type
+                rows = max(1, CHUNK[device] // parameter.shape[1])
+                to_codes, from_codes = (compiled if device == "cuda" else plain for plain, compiled in CODECS)
+                for weight, gradient, *codes in zip(*(tensor.split(rows) for tensor in whole)):
+                    m, v = from_codes(*codes[:2], "exp_avg"), from_codes(*codes[2:], "exp_avg_sq")
+                    adamw([weight], [gradient], [m], [v], [], [state["step"].clone()], fused=True, **settings)
+                    encoded = *to_codes(m, "exp_avg"), *to_codes(v, "exp_avg_sq")
+                    for old, new in zip(codes, encoded):
+                        old.copy_(new)
+                state["step"] += 1
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """`step`, and of each moment the codes under its name and the scales under its name + `_scales`."""
+        state = self.state[parameter]
+        if not state:
+            scale_of_blocks = parameter.detach()[:, : blocks(local(parameter)).shape[1]]
+            state["step"] = torch.zeros((), device=local(parameter).device)
+            for moment, (_, _, dtype) in CODES.items():
+                state[moment] = torch.zeros_like(parameter, dtype=dtype)
+                state[f"{moment}_scales"] = torch.zeros_like(scale_of_blocks)
+        return state
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Of a tensor that FSDP2 has sharded this process's rows, else the tensor."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
