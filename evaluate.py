@@ -39,6 +39,7 @@ from tools.comparison import compare_runs, print_comparison, read_languages
 from tools.tables import print_results
 
 DEMO = Path(__file__).resolve().parent / "assets/demo"
+COMPILE_FROM = 1e16  # FLOPs of an evaluation; eager blocks of 7B did 3e14 a second on an H100
 # Settings that mean something for one kind of benchmark only.
 OF_NLL = ("held_out", "max_held_out", "text_field", "skip_bad_lines")
 OF_QUESTIONS = ("protocol", "shots", "seed", "seeds")
@@ -61,7 +62,7 @@ class Settings(Reading, ModelSettings):
     group_by: str | None = option(None, "macro-averages of groups of languages, too", choices=("script",))
     compare: tuple[str, ...] = option((), "two results.json, or their folders: print what changed")
     batch_size: int | None = option(None, "sequences a batch; default: to fill 1,024 tokens, 8,192 on a GPU")
-    compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
+    compile: str = option("auto", "torch.compile; auto: for long work on a GPU", ("auto", "on", "off"))
     shard: str = option("auto", "one model for all processes; auto: if need be", ("auto", "on", "off"))
     out: str | None = option(None, "where the results go; default: out/<bench>")
 
@@ -122,7 +123,10 @@ def evaluate(settings: Settings, data: Path, dtype: torch.dtype, world: World) -
     base, adapter = find_model(settings.model, settings.adapter)
     model, tokenizer = load_model(base, adapter, dtype, world, settings.shard)
     is_shared = isinstance(model, FSDPModule)
-    if settings.compile == "on" or settings.compile == "auto" and world.device != "cpu":
+    # Compiling takes its time, too. 2 FLOPs a parameter and token, of which there is one in four characters.
+    flops = sum(one.size() for one in measurements) / 4 * 2 * sum(map(torch.numel, model.parameters()))
+    pays = world.device != "cpu" and flops > COMPILE_FROM
+    if settings.compile == "on" or settings.compile == "auto" and pays:
         for block in model.model["layers"]:
             block.compile(dynamic=True)  # once, for batches of all sizes
     out = Path(settings.out)

@@ -198,8 +198,9 @@ class Run:
             self.load(checkpoint)
         if world.is_main:
             sizes = f"{len(base_tokenizer):,} pieces -> {len(self.tokenizer):,}; {len(streams)} languages"
-            again = f"recomputing {model.recomputed_blocks} of {model.config.num_hidden_layers} blocks"
-            print(f"{sizes}, {corpus_tokens:,} tokens; {summary}, {again}")
+            print(f"{sizes}, {corpus_tokens:,} tokens; {summary}")
+            if again := model.recomputed_blocks:
+                print(f"the first {again} of {len(model.model['layers'])} blocks are recomputed (--dry-run)")
             if checkpoint:
                 print(f"{checkpoint}: going on after step {self.done} of {self.steps}")
         peak = peak_flops(torch.cuda.get_device_name()) if world.device != "cpu" else 0

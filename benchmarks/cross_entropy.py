@@ -11,7 +11,7 @@ cast; "ours, in place" adds to a gradient that is there already, as all micro-ba
     memory  peak beyond the operands and their gradients
     error   of the two gradients, |found - exact| / |exact| against float64 (half precision rounds its result)
 
-PyTorch's own linear_cross_entropy (from 2.13 on), and on a GPU Liger-Kernel (with LIGER_KERNEL_IMPL=cutedsl
+On a GPU PyTorch's own linear_cross_entropy (from 2.13 on), Liger-Kernel (with LIGER_KERNEL_IMPL=cutedsl
 its CuTe kernels), QuACK and Cut Cross-Entropy (without its gradient filtering, and with it) are measured if
 they are installed and can run; "exact float32" is F.cross_entropy on operands and logits in float32.
 """
@@ -63,10 +63,10 @@ def implementations(device: str) -> dict:
         "ours": linear_cross_entropy,
         "ours, in place": partial(linear_cross_entropy, share=1.0),
     }
-    if hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()
-        found["F.linear_cross_entropy"] = with_cast(partial(F.linear_cross_entropy, options=options))
     if device == "cuda":
+        if hasattr(F, "linear_cross_entropy"):  # on a CPU it takes tens of seconds a call
+            options = torch.nn.LinearCrossEntropyOptions()
+            found["F.linear_cross_entropy"] = with_cast(partial(F.linear_cross_entropy, options=options))
         for name, load in PEERS.items():
             try:
                 found |= load()

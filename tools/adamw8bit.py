@@ -11,6 +11,9 @@ The powers set the numbers close near 0, where most elements lie; the second mom
 power. What is decoded and encoded again gives the same bits.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -41,7 +44,12 @@ def decode(codes: Tensor, scales: Tensor, moment: str) -> Tensor:
     return (ratio.abs() ** p * ratio.sign() * scales[..., None]).view(codes.shape)
 
 
-CODECS = [(function, torch.compile(function, dynamic=True)) for function in (encode, decode)]
+@functools.cache
+def codecs(device: str) -> tuple[Callable, Callable]:
+    """`encode` and `decode`, on a GPU compiled."""
+    if device == "cpu":
+        return encode, decode
+    return torch.compile(encode, dynamic=True), torch.compile(decode, dynamic=True)
 
 
 class AdamW8bit(torch.optim.AdamW):
@@ -60,7 +68,7 @@ class AdamW8bit(torch.optim.AdamW):
                 whole = [local(tensor) for tensor in (parameter, parameter.grad, *kept)]
                 device = whole[0].device.type
                 rows = max(1, CHUNK[device] // parameter.shape[1])
-                to_codes, from_codes = (compiled if device == "cuda" else plain for plain, compiled in CODECS)
+                to_codes, from_codes = codecs(device)
                 for weight, gradient, *codes in zip(*(tensor.split(rows) for tensor in whole)):
                     m, v = from_codes(*codes[:2], "exp_avg"), from_codes(*codes[2:], "exp_avg_sq")
                     adamw([weight], [gradient], [m], [v], [], [state["step"].clone()], fused=True, **settings)

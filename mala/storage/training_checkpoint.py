@@ -21,7 +21,6 @@ from mala.storage.files import read_json, write_json
 from mala.storage.weights import Tensors, write_tensors
 
 ADAPTER, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "training_state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 
 
 def write_state(folder: Path | None, moments: Tensors, state: dict[str, Any]) -> None:
