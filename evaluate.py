@@ -39,7 +39,7 @@ from tools.comparison import compare_runs, print_comparison, read_languages
 from tools.tables import print_results
 
 DEMO = Path(__file__).resolve().parent / "assets/demo"
-COMPILE_FROM = 1e16  # FLOPs of an evaluation; eager blocks of 7B did 3e14 a second on an H100
+COMPILE_FROM = 1e16  # FLOPs, 2 a parameter and token of four characters: compiling takes its time, too
 # Settings that mean something for one kind of benchmark only.
 OF_NLL = ("held_out", "max_held_out", "text_field", "skip_bad_lines")
 OF_QUESTIONS = ("protocol", "shots", "seed", "seeds")
@@ -98,6 +98,8 @@ def main() -> None:
 
     device, dtype = choose_device(settings.device, settings.dtype)
     with start(device, shards=settings.shard != "off") as world:
+        if settings.shard == "on" and world.size == 1:
+            raise UserError("--shard on takes several processes: torchrun --nproc-per-node N evaluate.py …")
         evaluate(settings, find_data(settings), dtype, world)
 
 
@@ -123,8 +125,7 @@ def evaluate(settings: Settings, data: Path, dtype: torch.dtype, world: World) -
     base, adapter = find_model(settings.model, settings.adapter)
     model, tokenizer = load_model(base, adapter, dtype, world, settings.shard)
     is_shared = isinstance(model, FSDPModule)
-    # Compiling takes its time, too. 2 FLOPs a parameter and token, of which there is one in four characters.
-    flops = sum(one.size() for one in measurements) / 4 * 2 * sum(map(torch.numel, model.parameters()))
+    flops = 2 * sum(one.size() for one in measurements) / 4 * sum(map(torch.numel, model.parameters()))
     pays = world.device != "cpu" and flops > COMPILE_FROM
     if settings.compile == "on" or settings.compile == "auto" and pays:
         for block in model.model["layers"]:

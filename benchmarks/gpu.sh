@@ -5,6 +5,7 @@
 # One part's failure is told at the end and stops no other. TRY=1 takes tiny sizes, to try the script on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+[[ ${1:-} != -* ]] || { sed -n '2,5s/^# //p' "$0"; exit; }
 out=$(realpath -m "${1:-out/gpu}")
 mkdir -p "$out"
 export PYTHONPATH=. PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1

@@ -146,13 +146,13 @@ def _read_toml(path: Path, settings: type) -> dict[str, Any]:
         kind, is_list = _kind(hints[key])
         if kind is float and type(value) is int:
             value = float(value)
+        choices = fields[key].metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"{path}: {key} is {value!r}, expected one of {', '.join(choices)}")
         items = value if is_list and isinstance(value, list) else [value]
         if isinstance(value, list) != is_list or any(type(item) is not kind for item in items):
             expected = f"a list of {LISTED[kind]}" if is_list else kind.__name__
             raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
-        choices = fields[key].metadata["choices"]
-        if choices and value not in choices:
-            raise UserError(f"{path}: {key} is {value!r}, expected one of {', '.join(choices)}")
         values[key] = tuple(value) if is_list else value
     return values
 

@@ -37,6 +37,7 @@ BAD_FILES = {
     "names = 'a'": r"names is 'a', expected a list of strings",
     "names = [1]": r"names is \[1\], expected a list of strings",
     "kind = 'three'": r"kind is 'three', expected one of one, two",
+    "kind = true": r"kind is True, expected one of one, two",
     "steps = ": r"not a TOML file: Invalid value",
     "[table]\nsteps = 3": r"unknown option 'table'",
 }

@@ -543,6 +543,7 @@ MISTAKES = {
     "--langs-file list.txt": "--langs-file: no such language is here; there are amh_Ethi",
     "--langs eng_Latn --langs-file list.txt": "--langs and --langs-file: no such language is here",
     "--max-held-out -1": "max_held_out is -1, expected a number from 0 on",
+    "--shard on": "--shard on takes several processes: torchrun --nproc-per-node N evaluate.py",
     "--adapter moved": "moved/adapter_config.json: names the base /gone/llama, which is not here; give it with --model",
     "--adapter orphan": "orphan/adapter_config.json: names no base_model_name_or_path; give the base with --model",
     "--bench nll --data corpus --langs swh_Latn,zul_Latn": "corpus: zul_Latn has no document in its test split",
