@@ -200,7 +200,7 @@ class Run:
             sizes = f"{len(base_tokenizer):,} pieces -> {len(self.tokenizer):,}; {len(streams)} languages"
             print(f"{sizes}, {corpus_tokens:,} tokens; {summary}")
             if again := model.recomputed_blocks:
-                print(f"the first {again} of {len(model.model['layers'])} blocks are recomputed (--dry-run)")
+                print(f"the first {again} of {len(model.model['layers'])} blocks are recomputed backward")
             if checkpoint:
                 print(f"{checkpoint}: going on after step {self.done} of {self.steps}")
         peak = peak_flops(torch.cuda.get_device_name()) if world.device != "cpu" else 0

@@ -113,7 +113,7 @@ def _parameters_and_gradients(model: Llama, step: Step) -> Iterator[StagedPart]:
     moments, how = trained * 2 * step.moment_bytes // P, f"{trained:,} x 2 x {step.moment_bytes}{shard}"
     if step.moment_bytes == 1:  # and the scales of blocks; when a chunk is encoded four copies are there
         moments, how = moments + trained * 2 * 4 // BLOCK // P, f"{how}, x (1 + 4 / {BLOCK})"
-        chunk = CHUNK[step.device] * (2 if step.device == "cuda" else 5) * 4
+        chunk = min(CHUNK[step.device], lm_head.numel()) * (2 if step.device == "cuda" else 5) * 4
         yield "moments in float32, a chunk", f"{chunk:,}", chunk, "adamw"
     yield "AdamW's two moments", how, moments, ALWAYS
     # Of earlier micro-batches, unsharded: FSDP2 shards their average. Else all are there at the end only; the
