@@ -28,10 +28,10 @@ if [ "${TRY:-}" ]; then
     part 100 python3 benchmarks/one_gpu.py --shape demo --device cpu --dtype float32 --seq-len 64 --batch-size 4 --steps 6
     part 200 python3 benchmarks/evaluate.py --shape demo --examples 4
 else
-    part 80 python3 benchmarks/cross_entropy.py --repeats 5 --dtypes mixed --out "$out/cross_entropy.json"
+    part 100 python3 benchmarks/cross_entropy.py --repeats 5 --dtypes mixed --out "$out/cross_entropy.json"
     part 200 python3 benchmarks/train_step.py --shape llama2-7b --steps 3 --rounds 1 --out "$out/train_step.json"
-    part 70 python3 benchmarks/one_gpu.py --steps 30
-    part 130 python3 benchmarks/evaluate.py --shape tinyllama-1.1b llama-2-7b "${data[@]}"
+    part 60 python3 benchmarks/one_gpu.py --steps 30
+    part 120 python3 benchmarks/evaluate.py --shape tinyllama-1.1b llama-2-7b "${data[@]}"
 fi
 echo
 [ ${#failed[@]} -eq 0 ] || { printf 'failed: %s\n' "${failed[@]}"; exit 1; }
