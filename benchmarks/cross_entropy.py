@@ -70,7 +70,7 @@ def implementations(device: str) -> dict:
         for name, load in PEERS.items():
             try:
                 found |= load()
-            except ImportError as error:
+            except Exception as error:  # of a wrong version, too
                 print(f"{name} is left out: {error}")
     return found
 
@@ -176,6 +176,7 @@ def peak_memory(function, device: str) -> int:
 
 
 def measure(shape: tuple[int, int, int], dtype: str, device: str, repeats: int) -> list[dict]:
+    torch._dynamo.reset()  # it compiles a function at most 8 times
     N, D, V = shape
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(N, D, generator=generator, device=device).to(DTYPES[dtype][0])

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 [[ ${1:-} != -* ]] || { sed -n '2,5s/^# //p' "$0"; exit; }
 out=$(realpath -m "${1:-out/gpu}")
 mkdir -p "$out"
-export PYTHONPATH=. PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1
+export PYTHONPATH=. PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 failed=()
 shared=../shared/data # real text, if it lies beside the project, else the bundled sample
 [ -d $shared ] && data=(--data $shared/sib200 --tokenizer $shared/llama2) || data=()
@@ -30,8 +30,8 @@ if [ "${TRY:-}" ]; then
 else
     part 100 python3 benchmarks/cross_entropy.py --repeats 5 --dtypes mixed --out "$out/cross_entropy.json"
     part 200 python3 benchmarks/train_step.py --shape llama2-7b --steps 3 --rounds 1 --out "$out/train_step.json"
-    part 60 python3 benchmarks/one_gpu.py --steps 30
-    part 120 python3 benchmarks/evaluate.py --shape tinyllama-1.1b llama-2-7b "${data[@]}"
+    part 100 python3 benchmarks/one_gpu.py --steps 15
+    part 150 python3 benchmarks/evaluate.py --shape tinyllama-1.1b llama-2-7b "${data[@]}"
 fi
 echo
 [ ${#failed[@]} -eq 0 ] || { printf 'failed: %s\n' "${failed[@]}"; exit 1; }

@@ -58,8 +58,7 @@ def linear_cross_entropy(
     """
     is_training = torch.is_grad_enabled()
     check(hidden, weight, targets, ignore_index, is_training)
-    implementation = implementation or _best(hidden)
-    mode = (ignore_index, implementation, is_training, share)
+    mode = (ignore_index, implementation or _best(hidden), is_training, share)
     return _LinearCrossEntropy.apply(hidden, weight, targets, *mode)
 
 

@@ -14,6 +14,8 @@ if (
 
 # All tests compute on the CPU, where the oracles do, but those of on_gpu.py, in a process of their own.
 if "MALA_GPU" not in os.environ:
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.environ["MALA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch  # noqa: E402

@@ -111,13 +111,13 @@ def test_a_step_takes_the_planned_memory(is_compiled, recomputed):
             block.compile()
     trained = list(trainable_parameters(model.train()).values())
     optimizer = torch.optim.AdamW(trained, fused=True)
-    for _ in range(2):
+    for turn in range(2):
         for _ in range(2):
             tokens = torch.randint(50_000, (8, 2048), device=DEVICE)
             model(tokens, targets=tokens, share=0.5).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if _ == 0:
+        if turn == 0:
             torch.cuda.reset_peak_memory_stats()
     parts = memory_plan(model, Step(2048, 8, True, device="cuda", is_compiled=is_compiled))
     planned = sum(size for name, _, size in parts if not name.startswith("CUDA"))

@@ -13,6 +13,8 @@ from conftest import ROOT
 def test_on_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     environment |= {"MALA_GPU": "cuda"}
+    if "MALA_VISIBLE_DEVICES" in os.environ:  # as it was before conftest.py
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ["MALA_VISIBLE_DEVICES"]
     command = [
         sys.executable,
         "-m",

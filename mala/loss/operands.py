@@ -7,8 +7,7 @@ _checked: set[tuple[torch.device, bool]] = set()
 
 
 def check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, is_training: bool) -> None:
-    """Raise ValueError for operands that do not fit, or a target without a row. A GPU is asked that once, in
-    training and else: the host would wait for each answer. Later such a target makes the loss NaN."""
+    """Raise ValueError for operands that do not fit, or a target without a row (a GPU is asked that once)."""
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"hidden is {hidden.dtype}, expected float32, bfloat16 or float16")
     if hidden.ndim != 2 or weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:

@@ -136,8 +136,8 @@ def unsharded(tensor: Tensor) -> Tensor:
 
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The rows of a tensor in order: all at once or, if it is sharded, one process's part after the other's,
-    so that nobody holds the whole. All processes must ask for all of them, and all get them."""
+    """The rows of a tensor: all at once or, of a sharded one, a process's part after the other's, so that
+    nobody holds the whole. All processes must ask for all of them, and all get them."""
     if not isinstance(tensor, DTensor):
         yield tensor.detach()
         return
@@ -145,6 +145,8 @@ def parts(tensor: Tensor) -> Iterator[Tensor]:
     for rank, rows in enumerate(torch.empty(tensor.shape, device="meta").chunk(mesh.size())):
         part = local if rank == mesh.get_local_rank() else local.new_empty(rows.shape)
         dist.broadcast(part, rank)
+        if part.is_cuda:  # NCCL only notes the wish, and gives up on one that waits long for a disk
+            torch.cuda.synchronize(part.device)
         yield part
 
 
