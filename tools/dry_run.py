@@ -18,9 +18,8 @@ from tools.gpus import flops_per_token, peak_flops
 from tools.memory_plan import memory_plan, recomputed_blocks, room, step_of
 from tools.tables import print_table
 
-# GB on the box -> what PyTorch finds on the least of such cards: a part is the driver's.
+# GB on the box -> the GiB that PyTorch finds on the least of such cards: a part is the driver's.
 GPU_SIZES = {16: 14.6, 24: 22.0, 32: 31.3, 40: 39.3, 48: 44.3, 80: 79.0, 96: 93.0, 141: 139.0, 192: 178.0}
-GPU_SIZES = {size: round(gib * 2**30) for size, gib in GPU_SIZES.items()}
 
 
 def dry_run(settings: Settings) -> None:
@@ -100,16 +99,10 @@ def print_choices(model: Llama, settings: Settings, world: World, free: float) -
         chosen = replace(settings, moments=moments, gradient_checkpointing=checkpointing)
         model.recomputed_blocks = recomputed_blocks(model, chosen, world, free)
         needed = sum(size for *_, size in memory_plan(model, step_of(chosen, world.size, world.device)))
-        fits = next((f"{size} GB or more" for size, found in GPU_SIZES.items() if needed <= found), "none")
+        enough = (f"{size} GB or more" for size, gib in GPU_SIZES.items() if needed <= gib * 2**30)
+        setting = f"--moments {moments} --gradient-checkpointing {checkpointing}"
         here = ["yes" if needed <= free else "no"] if is_here else []
-        rows.append(
-            (
-                f"--moments {moments} --gradient-checkpointing {checkpointing}",
-                f"{needed / 1e9:.2f}",
-                fits,
-                *here,
-            )
-        )
+        rows.append((setting, f"{needed / 1e9:.2f}", next(enough, "none"), *here))
     here = [f"this one, {free / 1e9:.1f} GB"] if is_here else []
     print_table(("settings", "GB", "fits a GPU of", *here), rows)
 

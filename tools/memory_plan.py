@@ -18,7 +18,7 @@ import torch
 
 from mala.cross_entropy import CHUNK_BYTES
 from mala.lora import LoRALinear, trainable_parameters
-from mala.loss.triton_kernel import BLOCK as LOGITS_BLOCK
+from mala.loss.triton_kernel import row_width
 from mala.model import Llama
 from mala.running.distributed import World
 from mala.running.settings import Settings
@@ -141,10 +141,7 @@ def _activations_and_loss(model: Llama, step: Step) -> Iterator[StagedPart]:
     yield "last norm, hidden states, their gradient", f"N D (4 + {e} + 4)", N * D * (8 + e), "loss"
     if lm_head.itemsize != e:
         yield "lm_head, cast", f"V D x {e}", lm_head.numel() * e, "loss"
-    width = V  # of a row of logits, on a GPU whole blocks, see mala/loss/triton_kernel.py
-    if step.device == "cuda":
-        block = min(2 ** math.ceil(math.log2(V)), LOGITS_BLOCK)
-        width = -(-V // block) * block
+    width = row_width(V) if step.device == "cuda" else V  # of a row of logits
     chunk = max(CHUNK_BYTES[step.device], width * e)  # see mala/cross_entropy.py
     yield "logits, a chunk", f"N V x {e}, at most {chunk:,}", min(N * width * e, chunk), "loss"
 

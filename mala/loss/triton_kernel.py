@@ -13,7 +13,7 @@ BLOCK = 8192  # logits that a program of the kernel works on at a time: 32 in ea
 
 
 def _block(V: int) -> int:
-    return min(triton.next_power_of_2(V), BLOCK)
+    return min(2 ** (V - 1).bit_length(), BLOCK)
 
 
 def row_width(V: int) -> int:
