@@ -140,9 +140,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_weight:
             d_weight = torch.empty_like(weight, dtype=torch.float32) if is_empty else weight.grad
         factor = (share or 1.0) / (targets != ignore_index).sum().clamp(min=1).float()
+        scale = factor if wants_hidden or wants_weight else None
         for rows, *chunk in _chunks(implementation, hidden, weight.to(hidden.dtype), targets):
             gradients = [d_hidden[rows] if wants_hidden else None, d_weight]
-            scale = factor if wants_hidden or wants_weight else None
             total += _forward_backward(implementation, chunk, ignore_index, scale, *gradients, is_empty).sum()
             is_empty = False
         if wants_weight and is_empty:  # no chunk came, so nothing is written to it yet
