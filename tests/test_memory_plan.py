@@ -17,6 +17,7 @@ from mala.loss import cpu
 from mala.model import Llama, LlamaConfig
 from mala.running.distributed import World
 from mala.running.settings import Settings
+from tools.adamw8bit import AdamW8bit
 from tools.dry_run import print_plan, print_time
 from tools.gpus import flops_per_token, peak_flops
 from tools.known_models import named
@@ -89,7 +90,7 @@ def test_activations_of_a_compiled_block_are_what_the_compiler_keeps(kv_heads, d
     assert per_token <= found <= (1.01 if dropout else 1.25) * per_token
 
 
-def allocated_at_most(config, dtype, recomputed, accumulates, batch, seq_len) -> int:
+def allocated_at_most(config, dtype, recomputed, accumulates, batch, seq_len, adamw=torch.optim.AdamW) -> int:
     """The peak of PyTorch's allocations over two steps of training."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         model = planned(config, dtype, recomputed).to_empty(device="cpu")
@@ -98,7 +99,7 @@ def allocated_at_most(config, dtype, recomputed, accumulates, batch, seq_len) ->
             for parameter in model.parameters():
                 parameter.normal_(0, 0.02)
         trained = list(trainable_parameters(model).values())
-        optimizer = torch.optim.AdamW(trained, fused=True)
+        optimizer = adamw(trained, fused=True)
         for _ in range(2):
             for _ in range(2 if accumulates else 1):
                 tokens = torch.randint(config.vocab_size, (batch, seq_len))
@@ -135,6 +136,18 @@ def test_planned_memory_is_what_training_allocates(
     assert 0.93 * allocated <= total(rows) <= 1.1 * allocated
     if accumulates:
         assert {part.partition(":")[0] for part, *_ in rows if ":" in part} == {worst}
+
+
+@pytest.mark.parametrize("moments, recomputed", [("8bit", 0), ("8bit", 2), ("8bit", 4), ("float32", 2)])
+def test_the_plan_of_settings_that_save_memory_is_within_a_twentieth(moments, recomputed, monkeypatch):
+    monkeypatch.setattr(cpu, "WEIGHT_ROWS", 256)
+    config = tiny_config(vocab_size=30_000, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+                         max_position_embeddings=128)  # fmt: skip
+    adamw, moment_bytes = (AdamW8bit, 1) if moments == "8bit" else (torch.optim.AdamW, 4)
+    step = Step(128, 4, accumulates=True, moment_bytes=moment_bytes)
+    found = total(memory_plan(planned(config, torch.bfloat16, recomputed), step))
+    allocated = allocated_at_most(config, torch.bfloat16, recomputed, True, 4, 128, adamw)
+    assert found == pytest.approx(allocated, rel=0.05)
 
 
 @pytest.mark.parametrize("tied", [False, True])
