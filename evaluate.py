@@ -10,11 +10,8 @@ bundled sample is measured. results.json, predictions.jsonl and, with matplotlib
 --out. Every language is written to --out/done/ when it is done; the same command goes on with the others.
 """
 
-import json
 import os
-import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,18 +22,16 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from mala.benchmarks.measurement import Measurement, deal, name_files
-from mala.benchmarks.results import summarise, with_macro
 from mala.benchmarks.tasks import TASKS
 from mala.cli import UserError, check_folder, choose_device, option, parse, run
 from mala.running.distributed import World, start
 from mala.scoring import PROTOCOLS, predict_documents, predict_labels
 from mala.storage.corpus import Corpus, some
 from mala.storage.corpus_formats import Reading
-from mala.storage.files import atomic_file, lock, read_json, write_json
+from mala.storage.files import lock
 from mala.storage.model_by_name import ModelSettings, find_model, load_model
-from tools import pictures
-from tools.comparison import compare_runs, print_comparison, read_languages
-from tools.tables import print_results
+from tools.comparison import compare, read_languages
+from tools.write_results import write_results
 
 DEMO = Path(__file__).resolve().parent / "assets/demo"
 COMPILE_FROM = 1e16  # FLOPs, 2 a parameter and token of four characters: compiling takes its time, too
@@ -89,11 +84,7 @@ class Settings(Reading, ModelSettings):
 def main() -> None:
     settings = parse(Settings, __doc__.split("\n\n")[0])
     if settings.compare:
-        runs = map(Path, settings.compare)
-        result = compare_runs(*runs, lambda found: choose_languages(settings, found), settings.group_by)
-        print_comparison(result)
-        if settings.out:
-            write_json(Path(settings.out) / "compare.json", result)
+        compare(settings.compare, partial(choose_languages, settings), settings.group_by, settings.out)
         return
 
     device, dtype = choose_device(settings.device, settings.dtype)
@@ -154,7 +145,8 @@ def evaluate(settings: Settings, data: Path, dtype: torch.dtype, world: World) -
     if world.is_main:
         of_run = {"data": str(data), "sample": is_sample, "model": str(base)}
         of_run |= {"adapter": str(adapter) if adapter else None, "dtype": str(dtype).removeprefix("torch.")}
-        write_results(measurements, out, settings, of_run)
+        asked = {name: None if settings.bench == "nll" else getattr(settings, name) for name in OF_QUESTIONS}
+        write_results(measurements, out, settings, of_run | asked)
         if is_sample:
             print(notice)
         locked.close()
@@ -193,41 +185,6 @@ def choose_languages(settings: Settings, found: list[str], world: World | None =
         given = " and ".join(flag for flag, value in flags.items() if value)
         raise UserError(f"{given}: no such language is here; there are {some(found)}")
     return chosen
-
-
-def write_results(measurements: list[Measurement], out: Path, settings: Settings, of_run: dict) -> None:
-    """Put the measurements together: predictions.jsonl, then results.json, the table, and a picture."""
-    file = out / "results.json"
-    file.unlink(missing_ok=True)  # an earlier run's: it must not stand beside other predictions
-    seconds, by_language = 0.0, defaultdict(list)
-    with atomic_file(out / "predictions.jsonl") as lines:
-        for one in measurements:
-            done = read_json(one.file)
-            seconds += done["seconds"]
-            by_language[one.language] += done["predictions"]
-            lines.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in done["predictions"])
-    languages = {language: summarise(predictions) for language, predictions in by_language.items()}
-    is_nll, texts = settings.bench == "nll", sum(map(len, by_language.values()))
-    result = {
-        "bench": settings.bench,
-        **of_run,
-        **{name: None if is_nll else getattr(settings, name) for name in OF_QUESTIONS},
-        "split": settings.split,
-        "limit": settings.limit,
-        **with_macro(languages, settings.group_by),
-        "seconds": seconds,
-        "examples_per_second": texts / seconds,  # of scoring, of all processes and runs together
-    }
-    write_json(file, result)
-    print_results(result)
-    models = " + ".join(filter(None, (result["model"], result["adapter"])))
-    what = f"{texts:,} documents, NLL in nats" if is_nll else f"{texts:,} examples"
-    print(f"{models}: {len(languages)} languages, {what}, {seconds:.0f} s; {file}")
-    if pictures.is_available():
-        try:
-            pictures.draw_results(result, out / "results.png")
-        except UserError as error:  # the figures are safe
-            print(f"no picture: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from mala.model import Llama
 from mala.running import distributed
 from mala.running.distributed import World
 from mala.running.prepare import prepare
-from mala.running.run_log import RunLog, peak_memory
 from mala.running.settings import Settings
 from mala.scoring import nll_by_language
 from mala.storage.corpus import Corpus
@@ -41,12 +40,14 @@ from mala.storage.peft_adapter import adapter_tensors, save_adapter
 from mala.storage.tokenizer_files import added_tokens, copy_tokenizer
 from mala.storage.training_checkpoint import ADAPTER, OPTIMIZER, checkpoints, read_state, write_state
 from mala.storage.weights import fill_weights, read_tensors
+from mala.words.byte_level import load_tokenizer
 from mala.words.tokenizer import Tokenizer
 from tools import pictures
 from tools.adamw8bit import AdamW8bit
 from tools.dry_run import dry_run
 from tools.gpus import flops_per_token, peak_flops
 from tools.memory_plan import recomputed_blocks
+from tools.run_log import RunLog, peak_memory
 from tools.tables import print_nll
 
 
@@ -150,9 +151,9 @@ class Run:
         work = partial(prepare, settings, corpus, world.device, dtype, locks)
         checkpoint, self.identity = world.from_main(work)
         self.base = self.out / "base" if settings.extend_vocab else Path(settings.model)  # of the adapter
-        self.tokenizer = Tokenizer.from_pretrained(self.base)
+        self.tokenizer = load_tokenizer(self.base)
         self.test_documents = Corpus(self.out / "held_out", held_out=1.0).load("test")
-        streams = open_streams(corpus, Path(settings.tokens or self.out / "tokens"), self.tokenizer.bos_id)
+        streams = open_streams(corpus, Path(settings.tokens or self.out / "tokens"))
         corpus_tokens, step_tokens = sum(map(len, streams.values())), settings.batch_size * settings.seq_len
         self.steps = settings.steps or math.ceil(settings.epochs * corpus_tokens / step_tokens)
         of_batch = (settings.seq_len, settings.batch_size, self.steps, settings.alpha, settings.seed)
@@ -281,9 +282,11 @@ class Run:
 def check_input(settings: Settings, world: World, dtype: torch.dtype) -> tuple[Tokenizer, Corpus]:
     """The base's tokenizer and the corpus; a mistake in them or in the settings is found before any work."""
     settings.micro_batch(world.size)
-    tokenizer = Tokenizer.from_pretrained(settings.model)
+    tokenizer = load_tokenizer(Path(settings.model))
     shapes = Llama.from_pretrained(settings.model, dtype, "meta")
     tokenizer.check_fits(shapes.config.vocab_size)
+    if settings.extend_vocab:
+        tokenizer.check_bpe()
     rows = len(tokenizer) if settings.extend_vocab else shapes.config.vocab_size
     added_tokens(Path(settings.model), len(tokenizer), rows)
     if settings.seq_len > (longest := shapes.config.max_position_embeddings):

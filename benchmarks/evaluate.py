@@ -39,7 +39,7 @@ from mala.storage.config_json import to_config_json  # noqa: E402
 from mala.storage.corpus import Corpus  # noqa: E402
 from mala.words.tokenizer import Tokenizer  # noqa: E402
 from tools.gpus import peak_flops  # noqa: E402
-from tools.known_models import named  # noqa: E402
+from tools.known_models import init_weights, named  # noqa: E402
 from tools.tables import print_table  # noqa: E402
 
 SHAPE = LlamaConfig(
@@ -206,7 +206,7 @@ def as_transformers(model: Llama) -> transformers.LlamaForCausalLM:
 def measure_on_a_cpu(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
     model = Llama(SHAPE)
-    model.init_weights(0)
+    init_weights(model, 0)
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -1,15 +1,19 @@
-"""How many lines of a corpus other programs cut otherwise than SentencePiece does.
+"""How many lines of a corpus other programs cut otherwise than we do.
 
-    python benchmarks/readers.py --base BASE --data CORPUS,CORPUS [--size 4000]
+    python benchmarks/readers.py --base BASE --data CORPUS,CORPUS [--sizes 4000]
 
-For each way to merge: AutoTokenizer of transformers and the package `tokenizers` on what we write, and on
-`tokenizer.model` alone beside LLaMA 2's own tokenizer_config.json, as we left it before.
+They read the folder that we write: AutoTokenizer of transformers, and the package `tokenizers`. Over a
+`tokenizer.model` for each way to merge, and on that file alone beside LLaMA 2's own tokenizer_config.json, as
+we left it before. Over a `tokenizer.json` there is one way to merge, and more is counted: lines that do not
+decode to themselves; lines without a new token, and which of them are cut otherwise than by the base; new
+tokens that no text encodes to, and the base's that are lost so; special tokens that moved.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,25 +22,46 @@ import tokenizers
 import transformers
 
 from mala.storage.corpus import Corpus
-from mala.storage.tokenizer_files import copy_tokenizer
+from mala.storage.corpus_formats import read_documents
+from mala.storage.tokenizer_files import write_extended
 from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
+from mala.words.byte_level import JsonTokenizer, load_tokenizer
 from mala.words.tokenizer import Tokenizer
+from tools.fertility import unreachable
 from tools.tables import print_table
+
+SENTENCEPIECE = ("before", "AutoTokenizer", "tokenizers")
+MUST_BE_0 = ("AutoTokenizer", "tokenizers", "decoded", "than base", "unreachable", "lost", "moved")
+BYTE_LEVEL = ("without new", *MUST_BE_0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", required=True)
     parser.add_argument("--data", required=True, help="corpora, the first is learnt from")
-    parser.add_argument("--size", type=int, default=4000)
+    parser.add_argument("--sizes", default="4000", help="pieces of the new model; tokenizer.json: added")
     args = parser.parse_args()
-    folders = args.data.split(",")
-    base = Tokenizer.from_pretrained(args.base)
-    words = count_words(sample(Corpus(folders[0]).stream("train"), 0.3, 0, draws=20_000))
-    corpora = [Corpus(folder, held_out=1).load("test") for folder in folders]
-    texts = [text for corpus in corpora for of_language in corpus.values() for text in of_language]
-    new, rows = Tokenizer(train_pieces(words, args.size)), []
-    models = {"continue": continue_merges(base, words, args.size), "union": merge(base, new)}
+    corpora = [Corpus(folder) for folder in args.data.split(",")]
+    base = load_tokenizer(Path(args.base))
+    words = count_words(sample(corpora[0].stream("train"), 0.3, 0, draws=20_000), base.words)
+    files = [file for corpus in corpora for files in corpus.files.values() for file in files]
+    texts = [text for file in files for text in read_documents(file)]
+    is_json, rows = isinstance(base, JsonTokenizer), []
+    for size in map(int, args.sizes.split(",")):
+        rows += (byte_level if is_json else sentencepiece)(base, words, size, texts)
+    print(
+        f"{len(texts):,} lines; transformers {transformers.__version__}, tokenizers {tokenizers.__version__}"
+    )
+    print_table(
+        ("lines cut otherwise", "pieces", "tokens", *(BYTE_LEVEL if is_json else SENTENCEPIECE)),
+        [(name, *(f"{count:,}" for count in counts)) for name, *counts in rows],
+    )
+
+
+def sentencepiece(base: Tokenizer, words: Counter, size: int, texts: list[str]) -> list[tuple]:
+    """A row for each way to merge: its name, pieces, tokens, differences."""
+    new, rows = Tokenizer(train_pieces(words, size)), []
+    models = {"continue": continue_merges(base, words, size), "union": merge(base, new)}
     models["union, --published"] = merge(base, new, published=True)
     for name, model in models.items():
         merged, counts = Tokenizer(model), []
@@ -47,22 +72,45 @@ def main() -> None:
             own = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
             (folder / "tokenizer_config.json").write_text(json.dumps(own))
             counts.append(differences(transformers.AutoTokenizer.from_pretrained(folder), texts, expected))
-            copy_tokenizer(Path(args.base), folder, len(merged), merged)
+            write_extended(Path(base.name).parent, base, merged, folder)
             counts.append(differences(transformers.AutoTokenizer.from_pretrained(folder), texts, expected))
             fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(texts)
             counts.append(sum(ours.ids != ids for ours, ids in zip(fast, expected)))
-        tokens = sum(map(len, expected))
-        rows.append((name, f"{len(merged):,}", f"{tokens:,}", *(f"{count:,}" for count in counts)))
-    print(
-        f"{len(texts):,} lines; transformers {transformers.__version__}, tokenizers {tokenizers.__version__}"
-    )
-    print_table(("lines cut otherwise", "pieces", "tokens", "before", "AutoTokenizer", "tokenizers"), rows)
+        rows.append((name, len(merged), sum(map(len, expected)), *counts))
+    return rows
 
 
 def differences(tokenizer: transformers.PreTrainedTokenizerBase, texts: list, expected: list) -> int:
     """How many of the texts have other ids."""
     ids = tokenizer(texts, return_attention_mask=False)["input_ids"]
     return sum(ours != theirs for ours, theirs in zip(ids, expected))
+
+
+def byte_level(base: JsonTokenizer, words: Counter, size: int, texts: list[str]) -> list[tuple]:
+    """One row: its name, pieces, tokens, lines without a new token, and what MUST_BE_0."""
+    merged, counts = JsonTokenizer(continue_merges(base, words, size), base.name), Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        write_extended(Path(base.name).parent, base, merged, Path(folder))
+        auto = transformers.AutoTokenizer.from_pretrained(folder)
+        fast = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+    for start in range(0, len(texts), 10_000):  # the package's answer to all lines would fill the memory
+        lines = texts[start : start + 10_000]
+        by_auto = auto(lines, add_special_tokens=False)["input_ids"]
+        by_fast = fast.encode_batch(lines, add_special_tokens=False)
+        answers = zip(lines, merged.encode_batch(lines), base.encode_batch(lines), by_auto, by_fast)
+        for line, ids, by_base, ids_of_auto, encoding in answers:
+            counts["tokens"] += len(ids)
+            counts["AutoTokenizer"] += ids_of_auto != ids
+            counts["tokenizers"] += encoding.ids != ids
+            counts["decoded"] += merged.decode(ids) != line
+            counts["without new"] += max(ids) < len(base)
+            counts["than base"] += max(ids) < len(base) and ids != by_base
+    lost, old = set(unreachable(merged)), set(base.pieces)
+    counts["unreachable"], counts["lost"] = len(lost - old), len(lost & old - set(unreachable(base)))
+    for id, token in base.fast.get_added_tokens_decoder().items():
+        ids = (auto.convert_tokens_to_ids(token.content), fast.token_to_id(token.content))
+        counts["moved"] += ids != (id, id)
+    return [(f"continue, {size:,} more", len(merged), counts["tokens"], *(counts[key] for key in BYTE_LEVEL))]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Tokenise a corpus of many languages: mala.data beside transformers' tokenizer in `datasets.map`, in MB/s.
 
-    python benchmarks/tokenise.py --data CORPUS --tokenizer ../shared/data/llama2 [--rounds 3] [--processes 2]
+    python benchmarks/tokenise.py --data CORPUS --tokenizer DIR [--rounds 3] [--processes 2]
 
-Both get the same lines, `<s>` before each, and leave all tokens on the disk; theirs as an Arrow table, which
-Hugging Face's run_clm.py then groups into blocks in another pass, not counted here. In each round one after
-the other has the machine for itself; the table gives the medians. `datasets` is no dependency of the project:
-pip install datasets.
+DIR holds a `tokenizer.model` or a `tokenizer.json`. Both get the same lines, the token that begins a text
+before each, and leave all tokens on the disk; theirs as an Arrow table, which Hugging Face's run_clm.py then
+groups into blocks in another pass, not counted here. In each round one after the other has the machine for
+itself; the table gives the medians. `datasets` is no dependency of the project: pip install datasets.
 """
 
 import argparse
@@ -26,16 +26,16 @@ import mala.data  # noqa: E402
 from mala.cli import UserError, run  # noqa: E402
 from mala.data import file_digests, open_streams, tokenise  # noqa: E402
 from mala.storage.corpus import Corpus  # noqa: E402
-from mala.words.tokenizer import Tokenizer  # noqa: E402
+from mala.words.byte_level import load_tokenizer, reads_json  # noqa: E402
 from tools.tables import print_table  # noqa: E402
 
 
 def ours(corpus: Corpus, tokenizer: Path, folder: Path, processes: int) -> int:
     mala.data.cores = lambda: processes
     files = [file for files in corpus.files.values() for file in files]
-    mala_tokenizer = Tokenizer.from_pretrained(tokenizer)
+    mala_tokenizer = load_tokenizer(tokenizer)
     tokenise(corpus, mala_tokenizer, file_digests(files, {}), folder)
-    return sum(map(len, open_streams(corpus, folder, mala_tokenizer.bos_id).values()))
+    return sum(map(len, open_streams(corpus, folder).values()))
 
 
 def theirs(corpus: Corpus, tokenizer: Path, folder: Path, processes: int) -> int:
@@ -43,17 +43,22 @@ def theirs(corpus: Corpus, tokenizer: Path, folder: Path, processes: int) -> int
     import transformers
 
     datasets.disable_progress_bars()
-    fast = transformers.LlamaTokenizer.from_pretrained(tokenizer, legacy=True, add_bos_token=True)
+    if reads_json(tokenizer):
+        fast = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    else:
+        fast = transformers.LlamaTokenizer.from_pretrained(tokenizer, legacy=True, add_bos_token=True)
+    bos_id = load_tokenizer(tokenizer).bos_id
+    lacks_bos = bos_id is not None and fast("a")["input_ids"][0] != bos_id  # no post_processor puts it there
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        ids = fast(rows["text"])["input_ids"]
+        return {"input_ids": [[bos_id, *of_row] for of_row in ids] if lacks_bos else ids}
+
     files = [str(file) for files in corpus.files.values() for file in files]
     lines = datasets.load_dataset("text", data_files=files, split="train", cache_dir=str(folder))
     lines = lines.filter(lambda row: row["text"].strip() != "", num_proc=processes)
     started = time.perf_counter()
-    table = lines.map(
-        lambda rows: {"input_ids": fast(rows["text"])["input_ids"]},
-        batched=True,
-        num_proc=processes,
-        remove_columns=["text"],
-    )
+    table = lines.map(encode, batched=True, num_proc=processes, remove_columns=["text"])
     # The map alone: reading the text is not counted for them, it is for us.
     theirs.seconds = time.perf_counter() - started
     return sum(len(ids) for batch in table.iter(1000) for ids in batch["input_ids"])

@@ -1,9 +1,10 @@
 """The two ways to extend a vocabulary, `union` and `continue`, with the same number of added pieces.
 
-    python benchmarks/vocabulary.py --base tokenizer.model --data CORPUS [--sizes 8000,32000] [--json FILE]
+    python benchmarks/vocabulary.py --base BASE --data CORPUS [--sizes 8000,32000] [--json FILE]
 
 Both learn from all but the last 20 % of each language's documents, at most 1,000; fertility and unreachable
-pieces are those of mala/words/fertility.py.
+pieces are those of tools/fertility.py. A base with a `tokenizer.json` knows no union: `continue` alone, and
+--sizes are the tokens added. The memory is the most that the process held by the end of the learning.
 """
 
 import argparse
@@ -17,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mala.cli import run
 from mala.storage.corpus import Corpus
 from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
+from mala.words.byte_level import JsonTokenizer, load_tokenizer
 from mala.words.tokenizer import Tokenizer
 from tools.fertility import fertility_report
+from tools.run_log import peak_memory
 from tools.tables import print_table
 
 
@@ -26,27 +29,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--sizes", default="8000,32000", help="pieces of the new model of the union")
+    parser.add_argument(
+        "--sizes", default="8000,32000", help="pieces of the new model of the union; tokenizer.json: added"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    base, corpus = Tokenizer.from_pretrained(args.base), Corpus(args.data)
+    base, corpus = load_tokenizer(Path(args.base)), Corpus(args.data)
     every, held_out = Corpus(args.data, held_out=1).stream("test"), corpus.load("test")
     start = time.perf_counter()
-    words = count_words(sample(corpus.stream("train"), 0.3, seed=0))
+    words = count_words(sample(corpus.stream("train"), 0.3, seed=0), base.words)
     print(f"{len(words):,} distinct words counted in {time.perf_counter() - start:.0f} s")
 
-    rows = []
+    rows, counted = [], peak_memory("cpu")
+    methods = ("continue",) if isinstance(base, JsonTokenizer) else ("union", "continue")
     for size in map(int, args.sizes.split(",")):
-        added = 0
-        for method in ("union", "continue"):
+        added = size
+        for method in methods:
             start = time.perf_counter()
             if method == "union":
                 merged = Tokenizer(merge(base, Tokenizer(train_pieces(words, size))))
                 added = len(merged) - len(base)
             else:
-                merged = Tokenizer(continue_merges(base, words, added))
-            seconds = time.perf_counter() - start
+                merged = type(base)(continue_merges(base, words, added))
+            seconds, memory = time.perf_counter() - start, peak_memory("cpu")
             report, unseen = fertility_report(base, merged, every), fertility_report(base, merged, held_out)
             if not rows:
                 rows.append(
@@ -54,6 +60,7 @@ def main() -> None:
                         "method": "base",
                         "new": 0,
                         "seconds": 0.0,
+                        "memory": counted,
                         **report["pieces"],
                         "added": 0,
                         "unreachable_added": 0,
@@ -65,6 +72,7 @@ def main() -> None:
                 {
                     "method": method,
                     "seconds": seconds,
+                    "memory": memory,
                     **report["pieces"],
                     "fertility": report["macro"]["new"]["fertility"],
                     "held_out": unseen["macro"]["new"]["fertility"],
@@ -77,6 +85,7 @@ def main() -> None:
         "fertility, all text",
         "held-out text",
         "seconds to learn",
+        "peak GB so far",
     )
     print_table(
         ("method", *columns),
@@ -89,6 +98,7 @@ def main() -> None:
                 f"{r['fertility']:.3f}",
                 f"{r['held_out']:.3f}",
                 f"{r['seconds']:.1f}",
+                f"{r['memory'] / 1e9:.2f}",
             )
             for r in rows
         ],

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from mala.loss import cpu, triton_kernel
-from mala.loss.operands import check
 
 IGNORE_INDEX = -100
 # What the logits of a chunk may take, in bytes: at V 260,164 257 rows in float32 on a CPU, 4,096 in bfloat16
@@ -33,6 +32,7 @@ CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 # A GPU multiplies at full rate if every side is a multiple of 8, and 260,164 is none: cuBLAS then takes
 # kernels of older chips, half as fast. So there the last V mod 64 pieces have small products of their own.
 ALIGNMENT = 64
+_checked: set[tuple[torch.device, bool]] = set()  # where, in training or not, a GPU's targets were looked at
 
 
 def linear_cross_entropy(
@@ -57,7 +57,7 @@ def linear_cross_entropy(
     such a target is looked for in the first call only, later it makes the loss NaN.
     """
     is_training = torch.is_grad_enabled()
-    check(hidden, weight, targets, ignore_index, is_training)
+    _check(hidden, weight, targets, ignore_index, is_training)
     mode = (ignore_index, implementation or _best(hidden), is_training, share)
     return _LinearCrossEntropy.apply(hidden, weight, targets, *mode)
 
@@ -65,11 +65,32 @@ def linear_cross_entropy(
 @torch.no_grad()
 def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """NLL of every target, in nats, without gradients: (N, D), (V, D), (N,) -> (N,) float32."""
-    check(hidden, weight, targets, IGNORE_INDEX, is_training=False)
+    _check(hidden, weight, targets, IGNORE_INDEX, is_training=False)
     implementation = _best(hidden)
     chunks = _chunks(implementation, hidden, weight.to(hidden.dtype), targets)
     losses = [_forward_backward(implementation, chunk, IGNORE_INDEX) for _, *chunk in chunks]
     return torch.cat(losses) if losses else hidden.new_empty(0, dtype=torch.float32)
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, is_training: bool) -> None:
+    """Raise ValueError for operands that do not fit, or a target without a row (a GPU is asked that once)."""
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"hidden is {hidden.dtype}, expected float32, bfloat16 or float16")
+    if hidden.ndim != 2 or weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        shapes = f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(f"{shapes}, expected (N, D) and (V, D)")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        found = f"targets are {targets.dtype} {tuple(targets.shape)}"
+        raise ValueError(f"{found}, expected int64 ({len(hidden)},)")
+    if targets.is_cuda and (targets.device, is_training) in _checked:
+        return
+    V = len(weight)
+    wrong = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        expected = f"expected 0 to {V - 1}, or {ignore_index}"
+        raise ValueError(f"target {int(targets[at])} in place {at} has no row: {expected}")
+    _checked.add((targets.device, is_training))
 
 
 def _best(hidden: Tensor) -> str:

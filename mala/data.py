@@ -1,11 +1,12 @@
 """Token files, and what every training step sees of them.
 
 A corpus is tokenised once, by as many processes as there are cores. Every corpus file gets a token file: the
-tokens of its documents, `<s>` before each (and nowhere else), as little-endian uint16, or as uint32 if the
-vocabulary takes it. `index.json` says which came from what, so that only what changed is tokenised again:
+tokens of its documents, before each what begins a document (`<s>`), as little-endian uint16, or as uint32 if
+the vocabulary takes it; then, as uint32, how many tokens each document has. `index.json` says which came from
+what, so that only what changed is tokenised again:
 
     {"tokenizer": SHA-256, "dtype": "uint16", "languages": {"swh_Latn": [{"source": "swh_Latn.txt", "digest":
-        SHA-256, "file": "swh_Latn.0.bin", "documents": 5, "tokens": 130, and how it was read}, ...]}}
+        SHA-256, "file": "swh_Latn.0.bin", "documents": 5, "tokens": 130, "bytes": 280, …}, …]}}
 
 Packing is MaLA-500's, but that nothing is cut away: everything of a language in a row, cut into blocks of
 `seq_len`, the last one filled up from the beginning. Attention reaches over the borders of documents.
@@ -18,6 +19,7 @@ import re
 import signal
 import sys
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -35,7 +37,7 @@ from mala.cli import UserError
 from mala.storage.corpus import LANGUAGE, Corpus, language_shares
 from mala.storage.corpus_formats import Reading, read_documents
 from mala.storage.files import COPY_BYTES, atomic_file, read_json, write_json
-from mala.words.tokenizer import Tokenizer, WordPacker
+from mala.words.tokenizer import Tokenizer
 
 POOL_BYTES = 2**22  # what is smaller is tokenised before other processes have started
 PREFETCH = 2  # batches that are read ahead
@@ -80,8 +82,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
     """Bring the token files in `root` up to date with a corpus's files that hold training documents. They
     hold what is held out of these files, too; `open_streams` leaves it out. A killed run goes on where it
     was. digests: `file_digests` of the corpus. Raises UserError for a corpus file that cannot be read."""
-    packer = WordPacker(tokenizer, "uint16" if len(tokenizer) <= 2**16 else "uint32")
-    made_by = {"tokenizer": hashlib.sha256(tokenizer.model).hexdigest(), "dtype": packer.dtype.name}
+    made_by = {"tokenizer": hashlib.sha256(tokenizer.model).hexdigest(), "dtype": token_dtype(tokenizer).name}
     try:
         index = read_json(root / "index.json")
     except UserError:  # not there yet, or damaged: it is made again
@@ -98,8 +99,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
             entry = {"source": source.name, "digest": digest, "file": f"{language}.{number}.bin"}
             entry |= asdict(corpus.reading)
             part, file = usable.get(entry["file"], {}), root / entry["file"]
-            is_made = entry.items() <= part.items() and file.exists()
-            if is_made and file.stat().st_size == part["tokens"] * packer.dtype.itemsize:
+            if entry.items() <= part.items() and file.exists() and file.stat().st_size == part["bytes"]:
                 languages.setdefault(language, []).append(part)
             else:
                 missing.append(TokenFile(language, source, size, entry, corpus.reading))
@@ -111,7 +111,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
     missing.sort(key=lambda job: -job.size)  # the largest first: none is left to one process at the end
     size = sum(job.size for job in missing)
     with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        for job, part in _in_parallel(missing, root, packer):
+        for job, part in _in_parallel(missing, root, tokenizer):
             parts = languages.setdefault(job.language, [])
             parts.append(part)
             parts.sort(key=lambda part: int(part["file"].split(".")[1]))
@@ -119,14 +119,14 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
             bar.update(job.size)
 
 
-def _in_parallel(jobs: list[TokenFile], root: Path, packer: WordPacker) -> Iterator[tuple[TokenFile, dict]]:
+def _in_parallel(jobs: list[TokenFile], root: Path, tokenizer: Tokenizer) -> Iterator[tuple[TokenFile, dict]]:
     """Make token files; yields each with its entry in the index as it is finished."""
     if len(jobs) <= 1 or sum(job.size for job in jobs) < POOL_BYTES:
-        yield from ((job, _write_tokens(job, root, packer)) for job in jobs)
+        yield from ((job, _write_tokens(job, root, tokenizer)) for job in jobs)
         return
     # On Linux a fork, as PyTorch's DataLoader does: a new interpreter would import PyTorch for seconds.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(min(len(jobs), cores()), context, _start_worker, (packer,)) as pool:
+    with ProcessPoolExecutor(min(len(jobs), cores()), context, _start_worker, (tokenizer,)) as pool:
         try:
             running = {pool.submit(_write_tokens, job, root): job for job in jobs}
             for done in as_completed(running):
@@ -140,12 +140,12 @@ def _in_parallel(jobs: list[TokenFile], root: Path, packer: WordPacker) -> Itera
             raise
 
 
-_packer: WordPacker  # of a worker process
+_tokenizer: Tokenizer  # of a worker process
 
 
-def _start_worker(packer: WordPacker) -> None:
-    global _packer
-    _packer = packer
+def _start_worker(tokenizer: Tokenizer) -> None:
+    global _tokenizer
+    _tokenizer = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
 
     def follow_parent() -> None:  # ends this worker when the main process was killed
@@ -155,14 +155,20 @@ def _start_worker(packer: WordPacker) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _write_tokens(job: TokenFile, root: Path, packer: WordPacker | None = None) -> dict[str, Any]:
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+
+
+def _write_tokens(job: TokenFile, root: Path, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Write a token file; returns its entry in the index, with how many documents and tokens it holds."""
-    packer, documents = _packer if packer is None else packer, 0
+    tokenizer, lengths = tokenizer or _tokenizer, array("I")
     with atomic_file(root / job.entry["file"], "wb") as file:
         for text in read_documents(job.source, job.reading):
-            file.write(packer.pack(text))
-            documents += 1
-        return {**job.entry, "documents": documents, "tokens": file.tell() // packer.dtype.itemsize}
+            tokens = np.array(tokenizer.encode(text, bos=True), token_dtype(tokenizer))
+            file.write(tokens.tobytes())
+            lengths.append(len(tokens))
+        file.write(np.array(lengths, "<u4").tobytes())
+        return {**job.entry, "documents": len(lengths), "tokens": sum(lengths), "bytes": file.tell()}
 
 
 class Stream:
@@ -186,31 +192,28 @@ class Stream:
             start, count = start + len(taken[-1]), count - len(taken[-1])
         return np.concatenate(taken)
 
-    def without_last(self, documents: int, bos_id: int) -> "Stream":
-        """The stream without its last documents: the end is searched for `<s>`, with which each begins."""
-        parts, left = list(self.parts), documents
-        while left:
-            tokens, width = parts.pop(), 2**16
-            while width < len(tokens) and np.count_nonzero(tokens[-width:] == bos_id) < left:
-                width *= 2
-            begins = np.flatnonzero(tokens[-width:] == bos_id) + max(0, len(tokens) - width)
-            dropped = min(left, len(begins))
-            if begins[-dropped]:
-                parts.append(tokens[: begins[-dropped]])
-            left -= dropped
-        return Stream(parts, self.documents - documents)
+
+def open_part(file: Path, dtype: str, documents: int, tokens: int, first: int) -> np.ndarray:
+    """The tokens of the `first` documents of a token file, of all if it has fewer, memory-mapped."""
+    stream = np.memmap(file, dtype, "r", shape=tokens)
+    lengths = np.memmap(file, "<u4", "r", offset=stream.nbytes, shape=documents)
+    return stream[: tokens - int(lengths[max(0, first) :].sum())]
 
 
-def open_streams(corpus: Corpus, root: Path, bos_id: int) -> dict[str, Stream]:
+def open_streams(corpus: Corpus, root: Path) -> dict[str, Stream]:
     """language -> its training tokens, left in `root` by `tokenise`. Raises UserError if there are none."""
     index, streams = read_json(root / "index.json"), {}
     for language in corpus.languages:
         parts = [part for part in index["languages"].get(language, []) if part["tokens"]]
         total = sum(part["documents"] for part in parts)
         _, end = corpus.documents(language, "train").part(total)  # the held-out documents are the last
-        if end:
-            maps = [np.memmap(root / part["file"], dtype=index["dtype"], mode="r") for part in parts]
-            streams[language] = Stream(maps, total).without_last(total - end, bos_id)
+        maps, left = [], end
+        for part in parts:
+            sizes = part["documents"], part["tokens"]
+            maps.append(open_part(root / part["file"], index["dtype"], *sizes, left))
+            left -= part["documents"]
+        if any(map(len, maps)):
+            streams[language] = Stream(maps, end)
     if not streams:
         raise UserError(f"{corpus.root}: held_out {corpus.held_out} leaves no document to train on; lower it")
     return streams

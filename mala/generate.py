@@ -86,6 +86,8 @@ def main() -> None:
     device, dtype = choose_device(settings.device, settings.dtype)
     model, tokenizer = load_model(*find_model(settings.model, settings.adapter), dtype, World(device=device))
     ids = tokenizer.encode(settings.prompt, bos=True)
+    if not ids:
+        raise UserError("the prompt is empty, and no token of this model begins a text; give a prompt")
     print(settings.prompt, end="", flush=True)
     drawing = settings.max_tokens, settings.temperature, settings.top_p, settings.seed
     new = generate(model, ids, *drawing, ends=[tokenizer.bos_id])  # in training `<s>` parts two documents

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mala.cli import UserError
+from mala.cli import UserError, run
 from mala.model import Llama
 from mala.running.distributed import fill
 from mala.storage.adapter_config import BLOCK, ENDS_WITH, SAVEABLE, check_lora_config
@@ -203,7 +203,6 @@ def parameter_report(model: Llama) -> str:
 
 
 if __name__ == "__main__":
-    from mala.cli import run
     from mala.storage.peft_adapter import main
 
     run(main)

@@ -243,16 +243,6 @@ class Llama(nn.Module):
         self.config = dataclasses.replace(self.config, vocab_size=len(embed_tokens))
         self.tie_weights()
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """N(0, initializer_range²) for every matrix, zero biases; norms stay 1: to train from scratch."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, self.config.initializer_range, generator=generator)
-            elif name.endswith("bias"):
-                parameter.zero_()
-
     def hidden_states(
         self,
         tokens: Tensor,
@@ -312,9 +302,8 @@ class Llama(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> "Llama":
-        """Load a checkpoint folder; `dtype=None` keeps each tensor's own. The model is built on `meta`,
-        without memory, and then filled tensor by tensor. With `device="meta"` it stays there, and only names,
-        shapes and dtypes are read. Raises UserError if weights and config do not fit."""
+        """Load a checkpoint folder, see `load_weights`; `dtype=None` keeps each tensor's own. On "meta" only
+        names, shapes and dtypes are read. Raises UserError if weights and config do not fit."""
         with torch.device("meta"):
             model = cls(LlamaConfig.from_pretrained(directory))
         load_weights(model, Path(directory), dtype, device)
@@ -323,7 +312,6 @@ class Llama(nn.Module):
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """Write `config.json` and the weights in each parameter's dtype, for us and for transformers."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         write_weights(directory, dict(self.named_parameters()), max_shard_bytes)
         dtype = str(self.compute_dtype).removeprefix("torch.")
         write_json(directory / "config.json", {**to_config_json(self.config), "torch_dtype": dtype})

@@ -125,15 +125,15 @@ def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
 def documents_nll(
     model: Llama, tokenizer: Tokenizer, documents: list[str], world: World = ALONE, **how: Any
 ) -> tuple[list[float], list[int]]:
-    """−Σ ln p over all tokens of each document after `<s>`, in nats, and how many these are. One longer than
-    the model's context is read in `windows`. how: batch_size and advance, for `add_up`."""
+    """−Σ ln p over all tokens of each document after its first, `<s>`, in nats, and how many these are. One
+    longer than the model's context is read in `windows`. how: batch_size and advance, for `add_up`."""
     encoded, rows = tokenizer.encode_batch(documents, bos=True), []
     for number, ids in enumerate(encoded):
         for start, first, end in windows(len(ids), model.config.max_position_embeddings):
             predicted = [(number, place - 1 - start, ids[place]) for place in range(first, end)]
             rows.append((ids[start : end - 1], predicted))
     sizes = ([len(tokens) for tokens, _ in rows], len(documents), len(documents))
-    return add_up(model, launch, rows, *sizes, world, **how), [len(ids) - 1 for ids in encoded]
+    return add_up(model, launch, rows, *sizes, world, **how), [max(0, len(ids) - 1) for ids in encoded]
 
 
 def tree(context: list[int], continuations: dict[int, list[int]]) -> Tree:

@@ -6,13 +6,13 @@
     python -m mala.vocab report --base BASE --new merged.model --data CORPUS
     python -m mala.vocab extend --model BASE --tokenizer merged.model --out DIR
 
-This file learns pieces. How they are merged in, and scored, is in mala/words/merges_and_scores.py.
+BASE holds a `tokenizer.model`, or a `tokenizer.json`: then --out of `merge` is a folder, too.
 """
 
 import io
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +23,22 @@ from tqdm import tqdm
 from mala.cli import REQUIRED, UserError, choose_device, option, parse_command, run
 from mala.storage.corpus import Corpus, language_shares
 from mala.storage.corpus_formats import Reading
-from mala.storage.files import atomic_file, write_json
-from mala.words.merges_and_scores import continue_merges, merge
+from mala.storage.files import atomic_directory, atomic_file, write_json
+from mala.storage.tokenizer_files import write_extended
+from mala.words.byte_level import JsonTokenizer, load_tokenizer
+from mala.words.further_merges import continue_merges
+from mala.words.merges_and_scores import merge
 from mala.words.new_rows import FITS, INITS, extend_checkpoint
 from mala.words.tokenizer import Tokenizer
 
 MAX_WORDS = 10_000_000  # distinct words counted at a time: about 2 GB; learning takes several times that
 MAX_LINE = 4192  # bytes; SentencePiece drops longer lines, unless it is told otherwise
+NFKC = sentencepiece.SentencePieceNormalizer(
+    rule_name="nmt_nfkc", add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=False
+)
 SIZES, SEEDS = (1, 2**40), (0, 2**32 - 1)  # the limits of some settings
 Texts = Mapping[str, Collection[str]]  # language -> its documents
+WordsOf = Callable[[str], Iterable[str]]  # text -> its words
 
 
 def sample(documents: Texts, alpha: float, seed: int, draws: int | None = None) -> Iterator[tuple[str, int]]:
@@ -53,26 +60,23 @@ def sample(documents: Texts, alpha: float, seed: int, draws: int | None = None) 
                 yield text, times + int(chosen)
 
 
-def count_words(drawn: Iterable[tuple[str, int]], published: bool = False) -> Counter[str]:
-    """word -> how often it occurs in the documents (text, times drawn): all that BPE learns from. A word
-    stands between spaces, as for LLaMA's tokenizer; if `published`, as for SentencePiece by default:
-    normalised (nmt_nfkc), of no longer line than MAX_LINE. Of too many words the rarer half goes."""
-    normalize = str
-    if published:
-        plain = {"add_dummy_prefix": False, "escape_whitespaces": False, "remove_extra_whitespaces": False}
-        normalize = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc", **plain).normalize
+def count_words(drawn: Iterable[tuple[str, int]], words_of: WordsOf = Tokenizer.words) -> Counter[str]:
+    """word -> how often it occurs in the documents (text, times drawn): all that BPE learns from. words_of: a
+    tokenizer's `words`, or `published_words`. Of too many words the rarer half goes."""
     words: Counter[str] = Counter()
     for text, times in drawn:
-        for line in text.splitlines():  # SentencePiece learns from single lines
-            if published and len(line.encode()) > MAX_LINE:
-                continue
-            # A tab ends the word in train_pieces; ▅ SentencePiece keeps to itself, and drops what holds it.
-            for word in normalize(line).replace("\t", " ").replace("▅", " ").split(" "):
-                words[word] += times
+        for word in words_of(text):
+            words[word] += times
         if len(words) > MAX_WORDS:
             words = Counter(dict(words.most_common(MAX_WORDS // 2)))
     words.pop("", None)
     return words
+
+
+def published_words(text: str) -> Iterator[str]:
+    """As SentencePiece does by default: normalised (nmt_nfkc), of no longer line than MAX_LINE."""
+    lines = (line for line in text.splitlines() if len(line.encode()) <= MAX_LINE)
+    return Tokenizer.words("\n".join(map(NFKC.normalize, lines)))
 
 
 def train_pieces(words: Counter[str], size: int, published: bool = False, standalone: bool = False) -> bytes:
@@ -108,11 +112,11 @@ class Learning(Reading):
     held_out: float = option(0.2, "last share of each language, at most 1,000 documents, not read")
     seed: int = option(0, "decides which documents are drawn", limits=SEEDS)
 
-    def words(self, published: bool = False) -> Counter[str]:
+    def words(self, words_of: WordsOf) -> Counter[str]:
         documents = Corpus.from_settings(self).stream("train")
         drawn = sample(documents, self.alpha, self.seed, self.documents)
-        bar = tqdm(drawn, desc="counting words", unit="document", leave=False, disable=None)
-        words = count_words(bar, published)
+        bar = tqdm(drawn, "counting words", unit="document", leave=False, disable=None)
+        words = count_words(bar, words_of)
         found = f"{len(words):,} distinct words of {len(documents)} languages"
         print(f"learning {self.size:,} pieces from {found}", file=sys.stderr)
         return words
@@ -127,7 +131,8 @@ class Train(Learning):
 
     def run(self) -> None:
         with atomic_file(Path(self.out), "wb") as file:  # opened first: learning may take hours
-            file.write(train_pieces(self.words(self.published), self.size, self.published))
+            words = self.words(published_words if self.published else Tokenizer.words)
+            file.write(train_pieces(words, self.size, self.published))
         print(f"{self.out}: {len(Tokenizer.from_pretrained(self.out)):,} pieces")
 
 
@@ -135,34 +140,39 @@ class Train(Learning):
 class Merge(Learning):
     """Add pieces to a base model: further merges (continue), or those of a new model (union)."""
 
-    base: str = option(REQUIRED, "tokenizer.model of the checkpoint, or its folder")
+    base: str = option(REQUIRED, "the checkpoint's tokenizer, or its folder")
     method: str = option("continue", "further merges, or the pieces of --new", choices=("continue", "union"))
     new: str | None = option(None, "union: the model whose pieces are added")
     data: str | None = option(None, "continue: a corpus folder; its train split is read")
     size: int | None = option(None, "continue: number of pieces to learn", limits=SIZES)
     published: bool = option(False, "union: keep all scores, equal ones too, as MaLA-500")
-    out: str = option(REQUIRED, "the model file to write")
+    out: str = option(REQUIRED, "the model file to write; the folder, if the base has a tokenizer.json")
 
     def run(self) -> None:
-        base, is_union = Tokenizer.from_pretrained(self.base), self.method == "union"
+        base, is_union = load_tokenizer(Path(self.base)), self.method == "union"
         base.check_bpe()
         if is_union and (not self.new or self.data or self.size is not None):
             raise UserError("--method union takes --new, and neither --data nor --size")
         if not is_union and (not self.data or self.size is None or self.new or self.published):
             raise UserError("--method continue takes --data and --size; --new, --published: --method union")
-        with atomic_file(Path(self.out), "wb") as file:
-            if is_union:
-                file.write(merge(base, Tokenizer.from_pretrained(self.new), self.published))
-            else:
-                file.write(continue_merges(base, self.words(), self.size))
-        print(f"{self.out}: {len(base):,} pieces -> {len(Tokenizer.from_pretrained(self.out)):,}")
+        if isinstance(base, JsonTokenizer) and not is_union:
+            with atomic_directory(Path(self.out)) as folder:  # opened first: learning may take hours
+                merged = JsonTokenizer(continue_merges(base, self.words(base.words), self.size), base.name)
+                write_extended(Path(base.name).parent, base, merged, folder)
+        else:
+            with atomic_file(Path(self.out), "wb") as file:
+                if is_union:
+                    file.write(merge(base, Tokenizer.from_pretrained(self.new), self.published))
+                else:
+                    file.write(continue_merges(base, self.words(base.words), self.size))
+        print(f"{self.out}: {len(base):,} pieces -> {len(load_tokenizer(Path(self.out))):,}")
 
 
 @dataclass
 class Report(Reading):
     """Compare a tokenizer and its extension on a corpus, language by language."""
 
-    base: str = option(REQUIRED, "a tokenizer.model, or its folder")
+    base: str = option(REQUIRED, "a tokenizer.model or tokenizer.json, or its folder")
     new: str = option(REQUIRED, "the same, extended")
     data: str = option(REQUIRED, "a corpus folder")
     split: str = option("test", "what of it is measured", choices=("train", "dev", "test"))
@@ -173,7 +183,7 @@ class Report(Reading):
     def run(self) -> None:
         from tools import fertility, pictures  # beside the package: what a reader of it never needs
 
-        base, new = Tokenizer.from_pretrained(self.base), Tokenizer.from_pretrained(self.new)
+        base, new = load_tokenizer(Path(self.base)), load_tokenizer(Path(self.new))
         report = fertility.fertility_report(base, new, Corpus.from_settings(self).stream(self.split))
         fertility.print_report(report)
         if self.json:
@@ -187,7 +197,7 @@ class Extend(Reading):
     """Resize a checkpoint to a merged vocabulary."""
 
     model: str = option(REQUIRED, "the checkpoint folder")
-    tokenizer: str = option(REQUIRED, "the merged model file")
+    tokenizer: str = option(REQUIRED, "what merge left: a model file, or a folder")
     out: str = option(REQUIRED, "the checkpoint folder to write")
     init: str = option("subtokens", "how new rows start, see docs/vocabulary.md", choices=tuple(INITS))
     seed: int = option(0, "of the random initialisations", limits=SEEDS)
@@ -200,13 +210,13 @@ class Extend(Reading):
             raise UserError(f"--init {', '.join(FITS)}, and only that, takes --data")
 
     def run(self) -> None:
-        merged, drawn = Tokenizer.from_pretrained(self.tokenizer), ()
+        merged, drawn = load_tokenizer(Path(self.tokenizer)), ()
         if self.data:
             documents = Corpus.from_settings(self).stream("train")
             drawn = sample(documents, alpha=0.3, seed=self.seed)
         where = choose_device(self.device, "auto")
         extend_checkpoint(Path(self.model), merged, Path(self.out), self.init, self.seed, drawn, where)
-        print(f"{self.out}: {len(Tokenizer.from_pretrained(self.model)):,} rows -> {len(merged):,}")
+        print(f"{self.out}: {len(load_tokenizer(Path(self.model))):,} rows -> {len(merged):,}")
 
 
 COMMANDS = {"train": Train, "merge": Merge, "report": Report, "extend": Extend}

@@ -19,6 +19,7 @@ from mala.lora import LoRAConfig, add_lora, trainable_parameters
 from mala.model import Llama
 from mala.scoring import documents_nll, loglikelihoods
 from mala.words.tokenizer import Tokenizer
+from tools.known_models import init_weights
 from tools.memory_plan import Step, memory_plan
 
 DEVICE = os.environ["MALA_GPU"]
@@ -61,7 +62,7 @@ def step_of(dtype: torch.dtype, device: str, is_compiled: bool, recomputed: int,
     model = Llama(
         tiny_config(vocab_size=1001, hidden_size=64, intermediate_size=176, num_hidden_layers=3, **sizes)
     )
-    model.init_weights(0)
+    init_weights(model, 0)
     model.to(dtype)
     torch.manual_seed(0)
     add_lora(model, LoRAConfig(lora_dropout=0.0))

@@ -20,6 +20,7 @@ from mala.storage.model_by_name import load_model  # noqa: E402
 from mala.storage.peft_adapter import load_adapter, save_adapter  # noqa: E402
 from mala.storage.weights import fill_weights  # noqa: E402
 from mala.words.tokenizer import Tokenizer  # noqa: E402
+from tools.known_models import init_weights  # noqa: E402
 
 TOKENIZER = Tokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "assets/tiny-llama")
 
@@ -28,7 +29,7 @@ def make(tied: bool, recompute: bool, dtype: torch.dtype) -> Llama:
     # 2,049 rows, and 3 of rank: nothing divides evenly among the processes.
     model = Llama(LlamaConfig(vocab_size=2049, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                               num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=64))  # fmt: skip
-    model.init_weights(0)
+    init_weights(model, 0)
     model.to(dtype)
     torch.manual_seed(0)
     add_lora(model, LoRAConfig(r=3, lora_dropout=0.1))

@@ -135,7 +135,7 @@ def test_without_a_test_split(tmp_path, capsys):
     tokenizer, corpus = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama"), Corpus(tmp_path)
     files = file_digests([file for files in corpus.files.values() for file in files], {})
     tokenise(corpus, tokenizer, files, tmp_path / "tokens")
-    for language, stream in open_streams(corpus, tmp_path / "tokens", tokenizer.bos_id).items():
+    for language, stream in open_streams(corpus, tmp_path / "tokens").items():
         train = list(corpus.documents(language, "train"))  # what is held out never trains
         tokens = [token for text in train for token in tokenizer.encode(text, bos=True)]
         assert stream.take(0, len(stream)).tolist() == tokens
@@ -161,7 +161,7 @@ def test_a_change_of_the_field_is_tokenised_anew(tmp_path):
     for field in (None, "title"):
         corpus = Corpus(tmp_path / "corpus", held_out=0, reading=Reading(field))
         tokenise(corpus, tokenizer, file_digests(list(corpus.files["swh_Latn"]), {}), tmp_path / "tokens")
-        stream = open_streams(corpus, tmp_path / "tokens", tokenizer.bos_id)["swh_Latn"]
+        stream = open_streams(corpus, tmp_path / "tokens")["swh_Latn"]
         found.append(stream.take(0, len(stream)).tolist())
     assert found == [tokenizer.encode(text, bos=True) * 3 for text in ("one", "another text")]
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 import mala.data
 from mala.cli import UserError
-from mala.data import Batches, Stream, TokenFile, file_digests, open_streams, read_ahead, tokenise
+from mala.data import Batches, Stream, TokenFile, file_digests, open_part, open_streams, read_ahead, tokenise
 from mala.storage.corpus import Corpus
 from mala.storage.corpus_formats import Reading
-from mala.words.tokenizer import Tokenizer, WordPacker, append_pieces
+from mala.words.tokenizer import Tokenizer, append_pieces
 
 TOKENIZER = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama")
 LINES = [
@@ -56,7 +56,7 @@ def make(root, folder, held_out=0.0, tokenizer=TOKENIZER, **more):
         file_digests([file for files in corpus.files.values() for file in files], {}),
         folder,
     )
-    return open_streams(corpus, folder, tokenizer.bos_id)
+    return open_streams(corpus, folder)
 
 
 def all_of(stream):
@@ -72,9 +72,9 @@ def test_token_files_hold_every_document_after_bos_in_order(tmp_path):
         "amh_Ethi": 24, "deu_Latn": 33, "eng_Latn": 1, "swh_Latn": 8}  # fmt: skip
     assert all_of(streams["swh_Latn"]) == expected_tokens(LINES)
     assert all_of(streams["deu_Latn"]) == expected_tokens([*LINES[::-1] * 3, "blank", *LINES])
-    assert (tmp_path / "tokens/swh_Latn.0.bin").read_bytes() == np.array(
-        expected_tokens(LINES), "<u2"
-    ).tobytes()
+    lengths = [len(expected_tokens([line])) for line in LINES]
+    content = np.array(expected_tokens(LINES), "<u2").tobytes() + np.array(lengths, "<u4").tobytes()
+    assert (tmp_path / "tokens/swh_Latn.0.bin").read_bytes() == content
     with open(tmp_path / "tokens/index.json") as index:
         assert json.load(index)["dtype"] == "uint16"
 
@@ -144,12 +144,12 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     write_corpus(tmp_path / "corpus", **{f"{letter * 3}_Latn": LINES for letter in "abcdef"})
     original, done = mala.data._write_tokens, []
 
-    def dies(token_file, root, packer):
+    def dies(token_file, root, tokenizer):
         done.append(token_file.language)
         if len(done) == 4:
             (root / f".{token_file.entry['file']}.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
-        return original(token_file, root, packer)
+        return original(token_file, root, tokenizer)
 
     monkeypatch.setattr(mala.data, "_write_tokens", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -190,7 +190,7 @@ def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
         for fifo in fifos
     ]
     with pytest.raises(UserError, match="a process that tokenised was killed"):
-        list(mala.data._in_parallel(missing, tmp_path, WordPacker(TOKENIZER, "uint16")))
+        list(mala.data._in_parallel(missing, tmp_path, TOKENIZER))
 
 
 def test_digests_follow_the_content_and_are_read_once(tmp_path, monkeypatch):
@@ -207,33 +207,27 @@ def test_digests_follow_the_content_and_are_read_once(tmp_path, monkeypatch):
 
 @given(lengths=st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=4), data=st.data())
 @settings(deadline=None, max_examples=200)
-def test_without_last_is_the_stream_cut_at_a_document(lengths, data):
-    """lengths: of the documents (without their <s>) of every part."""
-    documents = [length for part in lengths for length in part]
-    if not documents:
+def test_a_stream_of_the_first_documents_of_token_files(tmp_path_factory, lengths, data):
+    """lengths: in tokens, of the documents of every file."""
+    kept = data.draw(st.integers(0, 8))
+    parts, expected, number = [], [], 0
+    for of_file in lengths:
+        if not sum(of_file):
+            continue  # a file without a token is no part of a stream
+        tokens = np.arange(number, number := number + sum(of_file), dtype=np.uint16)
+        file = tmp_path_factory.mktemp("tokens") / "part.bin"
+        file.write_bytes(tokens.tobytes() + np.array(of_file, "<u4").tobytes())
+        parts.append(open_part(file, "uint16", len(of_file), sum(of_file), kept))
+        expected += tokens[: sum(of_file[:kept])].tolist()
+    if not expected:
         return
-    dropped = data.draw(st.integers(0, len(documents) - 1))
-    parts = [
-        np.array([token for length in part for token in [1, *range(2, 2 + length)]], np.uint16)
-        for part in lengths
-        if part
-    ]
-    whole = np.concatenate(parts)
-    kept = sum(length + 1 for length in documents[: len(documents) - dropped])
-    stream = Stream(parts, len(documents)).without_last(dropped, bos_id=1)
-    assert all_of(stream) == whole[:kept].tolist() and stream.documents == len(documents) - dropped
-    start, count = data.draw(st.integers(0, 2 * kept)), data.draw(st.integers(1, 3 * kept))
+    stream = Stream(parts, 1)
+    assert all_of(stream) == expected
+    start, count = data.draw(st.integers(0, 99)), data.draw(st.integers(1, 99))
     assert (
         stream.take(start, count).tolist()
-        == whole[:kept].take(range(start, start + count), mode="wrap").tolist()
+        == np.take(expected, range(start, start + count), mode="wrap").tolist()
     )
-
-
-def test_without_last_searches_far(tmp_path):
-    tokens = np.full(300_000, 5, np.uint16)
-    tokens[[0, 10, 100_000, 299_999]] = 1
-    for dropped, left in [(0, 300_000), (1, 299_999), (2, 100_000), (3, 10)]:
-        assert len(Stream([tokens], 4).without_last(dropped, 1)) == left
 
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=5)

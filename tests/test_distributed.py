@@ -17,6 +17,7 @@ from test_train import succeed as succeed_here
 from mala.lora import LoRAConfig, add_lora, trainable_parameters
 from mala.model import Llama, LlamaConfig
 from mala.storage.peft_adapter import save_adapter
+from tools.known_models import init_weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 SETTINGS = ["--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "400", "--seq-len", "32", "--batch-size", "8", "--warmup-steps",
@@ -93,7 +94,7 @@ def test_two_processes_never_hold_much_more_than_half_of_a_model(tmp_path):
     """0.6 of what a process alone would hold, and the largest part that FSDP gathers at once, here a block."""
     model = Llama(LlamaConfig(vocab_size=2048, hidden_size=512, intermediate_size=1376, num_hidden_layers=48,
                               num_attention_heads=8)).to(torch.bfloat16)  # fmt: skip
-    model.init_weights(0)
+    init_weights(model, 0)
     model.save_pretrained(tmp_path / "base")  # float32 in memory, which a map of this file is not
     shutil.copy(ROOT / "assets/tiny-llama/tokenizer.model", tmp_path / "base")
     add_lora(model, LoRAConfig(r=1))

@@ -24,6 +24,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import evaluate
 from mala.benchmarks import measurement
 from mala.model import Llama
+from tools.known_models import init_weights
 
 TINY = ROOT / "assets/tiny-llama"
 SAMPLE = ROOT / "assets/demo"
@@ -86,7 +87,7 @@ def models(tmp_path_factory):
         ),
     }.items():
         model = Llama(config)
-        model.init_weights(len(name))
+        init_weights(model, len(name))
         model.save_pretrained(folder / name)
         found[name] = folder / name
     shutil.copy(spm / "tokenizer.model", folder / "grouped")
@@ -626,7 +627,7 @@ def test_what_is_done_is_taken_only_for_what_it_is(tmp_path):
         return results(tmp_path / out)["macro"]["nll_per_document"]
 
     model = Llama(tiny_config(vocab_size=2048, max_position_embeddings=64, initializer_range=0.2))
-    model.init_weights(0)
+    init_weights(model, 0)
     variants = {}
     for name in ("plain", "last row", "rotary"):
         if name == "last row":

@@ -20,6 +20,7 @@ from mala.generate import draw, generate, main, stream
 from mala.model import Llama
 from mala.storage.config_json import to_config_json
 from mala.words.tokenizer import Tokenizer
+from tools.known_models import init_weights
 
 TINY = ROOT / "assets/tiny-llama"
 TOKENIZER = Tokenizer.from_pretrained(TINY)
@@ -42,7 +43,7 @@ def test_it_ends_at_the_next_document_too(eos):
     """Packed as `<s> document <s> document`, a model says `<s>` at the end: transformers, told so, is the oracle."""
     config = tiny_config(vocab_size=30, initializer_range=0.3, bos_token_id=1, eos_token_id=eos)
     model = Llama(config)
-    model.init_weights(2)
+    init_weights(model, 2)
     reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_config_json(config))).eval()
     reference.load_state_dict(model.state_dict())
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
@@ -69,7 +70,7 @@ def test_a_user_sees_the_first_document_alone(monkeypatch, capsys):
 
 def test_it_ends_where_the_text_ends_and_refuses_what_does_not_fit():
     model = Llama(tiny_config(vocab_size=30, initializer_range=0.5))
-    model.init_weights(1)
+    init_weights(model, 1)
     whole = list(generate(model, [1, 5], 30, seed=3))
     assert whole == list(generate(model, [1, 5], 30, seed=3)) != list(generate(model, [1, 5], 30, seed=4))
     model.config.eos_token_id = [29, whole[3]]

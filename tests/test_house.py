@@ -116,7 +116,7 @@ ENDS = {
 WRITERS = (  # safe files; safetensors, tensor by tensor; metrics.jsonl, line by line; a download's part
     "mala/storage/files.py",
     "mala/storage/weights.py",
-    "mala/running/run_log.py",
+    "tools/run_log.py",
     "tools/fetch.py",
 )
 

@@ -16,6 +16,7 @@ from mala.cli import UserError
 from mala.lora import LoRAConfig, add_lora, merge_lora, parameter_report, trainable_parameters
 from mala.model import Llama, LlamaConfig
 from mala.storage.peft_adapter import load_adapter, main, merge_checkpoint, save_adapter
+from tools.known_models import init_weights
 
 MALA = LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.0)
 
@@ -24,7 +25,7 @@ MALA = LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.0)
 def base(tmp_path):
     """A random checkpoint on disk."""
     model = Llama(tiny_config())
-    model.init_weights(0)
+    init_weights(model, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(1.0 if "norm" in name else 10.0)
@@ -252,7 +253,7 @@ def test_the_published_adapter_stands_on_a_base_of_the_old_vocabulary(tmp_path):
             num_key_value_heads=2,
         )
     )
-    model.init_weights(0)
+    init_weights(model, 0)
     published = {
         "auto_mapping": None, "base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
@@ -450,7 +451,7 @@ def test_embeddings_that_an_adapter_holds_but_does_not_train(base, tokens, tmp_p
 @pytest.mark.parametrize("whole", [("embed_tokens", "lm_head"), ("lm_head",), ("embed_tokens",), ()])
 def test_a_tied_model_that_peft_untied_has_two_matrices_here(whole, tmp_path, tokens):
     model = Llama(tiny_config(tie_word_embeddings=True))
-    model.init_weights(0)
+    init_weights(model, 0)
     model.save_pretrained(tmp_path / "base")
     reference = peft_model(tmp_path / "base", LoRAConfig(lora_dropout=0.0, modules_to_save=whole))
     train(reference, tokens)
@@ -471,7 +472,7 @@ def test_a_tied_model_that_peft_untied_has_two_matrices_here(whole, tmp_path, to
 def test_what_peft_ties_is_one_matrix_here(is_tied, whole, save_embedding_layers, tmp_path, tokens):
     """Its `ensure_weight_tying`: the file names embed_tokens alone, and holds both, which are equal."""
     model = Llama(tiny_config(tie_word_embeddings=is_tied))
-    model.init_weights(0)
+    init_weights(model, 0)
     model.save_pretrained(tmp_path / "base")
     config = LoRAConfig(lora_dropout=0.0, modules_to_save=())
     reference = peft_model(tmp_path / "base", config, modules_to_save=whole, ensure_weight_tying=True)
@@ -509,7 +510,7 @@ def test_recomputation_draws_the_same_dropout(base, tokens):
 
 def test_a_tied_model_stays_tied(tmp_path, tokens):
     model = Llama(tiny_config(tie_word_embeddings=True))
-    model.init_weights(0)
+    init_weights(model, 0)
     model.save_pretrained(tmp_path / "base")
     add_lora(model, MALA)
     assert model.lm_head.weight is model.model["embed_tokens"].weight and model.lm_head.weight.requires_grad

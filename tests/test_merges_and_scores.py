@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mala.cli import UserError
 from mala.storage.corpus import Corpus
 from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
-from mala.words.merges_and_scores import learn_pieces, merge_piece
+from mala.words.further_merges import learn
+from mala.words.merges_and_scores import Unions
 from mala.words.tokenizer import Tokenizer, append_pieces
 from tools.fertility import unreachable
 
@@ -51,7 +52,7 @@ def may_be_a_piece(text: str) -> bool:
 
 
 def learn_naively(words: dict[str, int], known: dict[str, float], size: int) -> list[str]:
-    """`learn_pieces` as it is defined, which shares no line with it: before each piece every word is
+    """`learn` as it is defined, which shares no line with it: before each piece every word is
     segmented from its characters, and the savings of all candidates are counted anew. The next piece is the
     one that saves the most tokens, of several such the first by text; one that saves fewer than 2 is none."""
     scores, learnt = dict(known), []
@@ -90,8 +91,8 @@ def test_pieces_are_those_of_the_naive_learner_and_all_can_occur(texts, dead, si
     base = Tokenizer(append_pieces(BASE, {piece: -1.0 - i for i, piece in enumerate(dead)}))
     known = base.scores()
     words = Counter("▁" + word for text in texts for word in text.split(" ") if word)
-    symbols = {word: merge_symbols(list(word), known) for word in words}
-    pieces = learn_pieces(words, symbols, known, size)
+    symbols = [(merge_symbols(list(word), known), times) for word, times in words.items()]
+    pieces = learn(symbols, Unions(known), size)
     assert pieces == learn_naively(words, known, size)
     merged = Tokenizer(
         append_pieces(base, {piece: min(known.values()) - i for i, piece in enumerate(pieces, 1)})
@@ -114,14 +115,14 @@ def test_pieces_are_those_of_the_naive_learner_and_all_can_occur(texts, dead, si
 )
 @settings(deadline=None, max_examples=200)
 def test_merging_one_more_piece_is_merging_anew(text, new):
-    """merge_piece, which looks only where the piece is, against merge_symbols, which starts from the
+    """Unions.merge, which looks only where the piece is, against merge_symbols, which starts from the
     characters."""
     scores = {character: 0.0 for character in "abcde"} | {"ab": -1.0, "cd": -2.0, "abcd": -3.0}
     symbols = merge_symbols(list(text), scores)
     for number, piece in enumerate(dict.fromkeys(new), 4):
         if piece not in scores and any(piece == a + b for a in scores for b in scores):
             scores[piece] = -float(number)
-            symbols = merge_piece(symbols, piece, scores)
+            symbols = Unions(scores).merge(symbols, piece)
             assert symbols == merge_symbols(list(text), scores)
 
 
@@ -131,9 +132,8 @@ def test_text_without_spaces_is_learnt_in_fragments():
     line = "，".join(parts * 3) + "。"
     together = continue_merges(BASE, count_words([(line, 2)]), 10)
     assert {"银行", "中国"} <= set(Tokenizer(together).pieces[len(BASE) :])
-    long = learn_pieces(
-        {"x": 2}, {"x": list("ab" * 500)}, {"a": 0.0, "b": 0.0}, 5
-    )  # beyond MAX_FRAGMENT, in pieces of it
+    # Beyond MAX_FRAGMENT, in pieces of it.
+    long = learn([(list("ab" * 500), 2)], Unions({"a": 0.0, "b": 0.0}), 5)
     assert long[0] == "ab" and len(long[-1]) == 16
 
 

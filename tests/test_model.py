@@ -15,7 +15,7 @@ from mala.cli import UserError
 from mala.model import KVCache, Llama, LlamaConfig
 from mala.storage.config_json import fields_of, read_config
 from mala.storage.weights import INDEX, WEIGHTS
-from tools.known_models import NAMED, named
+from tools.known_models import NAMED, init_weights, named
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -176,7 +176,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokens):
 @pytest.mark.parametrize("frozen", [(), ("embed_tokens",), ("lm_head",)])
 def test_shares_of_a_step_give_its_gradients(tied, frozen, tokens):
     model = Llama(tiny_config(tie_word_embeddings=tied))
-    model.init_weights(0)
+    init_weights(model, 0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -205,7 +205,7 @@ def test_loading_holds_no_second_copy(dtype, copies, tmp_path):
     with torch.device("meta"):
         model = Llama(config)
     model.to_empty(device="cpu")
-    model.init_weights(0)
+    init_weights(model, 0)
     model.save_pretrained(tmp_path, max_shard_bytes=10**8)
     size = sum(parameter.nbytes for parameter in model.parameters())
     code = f"""if True:

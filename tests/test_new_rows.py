@@ -24,6 +24,7 @@ from mala.storage.weights import INDEX, read_weights, write_weights
 from mala.vocab import count_words, merge, sample, train_pieces
 from mala.words.new_rows import FITS, INITS, count_tokens, extend_checkpoint, extend_model, extended_matrix
 from mala.words.tokenizer import Tokenizer
+from tools.known_models import init_weights
 
 TINY = ROOT / "assets/tiny-llama"
 CORPUS = Corpus(ROOT / "assets/demo/sib200")
@@ -148,7 +149,7 @@ def test_calibrated_expects_each_piece_as_often_as_the_text_holds_it(base, merge
 def test_tied_embeddings_stay_tied_and_padding_rows_are_replaced(base, merged, tmp_path):
     for init in INITS:
         model = Llama(tiny_config(vocab_size=len(base) + 16, tie_word_embeddings=True))
-        model.init_weights(0)
+        init_weights(model, 0)
         (tmp_path / init).mkdir()
         model.save_pretrained(tmp_path / init / "base")
         (tmp_path / init / "base/tokenizer.model").write_bytes(base.model)
@@ -296,7 +297,7 @@ def test_count_tokens_holds_no_more_than_it_keeps(base):
 @pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
 def test_added_tokens_behind_the_tokenizer_are_not_taken_for_padding(place, base, merged, tmp_path):
     model = Llama(tiny_config(vocab_size=len(base) + 1))
-    model.init_weights(0)
+    init_weights(model, 0)
     model.save_pretrained(tmp_path / "source")
     (tmp_path / "source/tokenizer.model").write_bytes(base.model)
     added = (

@@ -1,4 +1,4 @@
-"""mala.running.prepare, mala.running.run_log and the checkpoints: what is left of a run that was disturbed.
+"""mala.running.prepare, tools.run_log and the checkpoints: what is left of a run that was disturbed.
 
 Train.py runs in this process.
 """
@@ -16,7 +16,7 @@ from conftest import ROOT
 from kill import TIMED, outcome, survive
 
 import mala.running.prepare
-import mala.running.run_log
+import tools.run_log
 from mala.storage.files import lock
 from mala.storage.training_checkpoint import check_intact, checkpoints, read_state
 
@@ -268,15 +268,15 @@ def test_a_full_disk_and_one_that_cannot_be_written(whole, small_disk, train):
 
 
 def test_sigterm_finishes_the_step_and_saves(whole, tmp_path, train, monkeypatch):
-    original = mala.running.run_log.RunLog.add
+    original = tools.run_log.RunLog.add
 
     def add(self, loss, waited):
         original(self, loss, waited)
         if self.bar.n == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(mala.running.run_log.RunLog, "add", add)
-    monkeypatch.setattr(mala.running.run_log, "tqdm", lambda *_, **settings: Counter(settings["initial"]))
+    monkeypatch.setattr(tools.run_log.RunLog, "add", add)
+    monkeypatch.setattr(tools.run_log, "tqdm", lambda *_, **settings: Counter(settings["initial"]))
     message = train(*SHORT, "--save-every", 100, "--out", tmp_path / "out")
     assert (
         "out: stopped after step 4 of 6, with a checkpoint; the same command goes on there" in message

@@ -25,9 +25,12 @@ from mala.storage.model_by_name import load_model
 from mala.storage.peft_adapter import merge_checkpoint, save_adapter
 from mala.storage.tokenizer_files import copy_tokenizer
 from mala.vocab import count_words, sample, train_pieces
-from mala.words.merges_and_scores import continue_merges, merge
+from mala.words.byte_level import JsonTokenizer, load_tokenizer
+from mala.words.further_merges import continue_merges
+from mala.words.merges_and_scores import merge
 from mala.words.new_rows import extend_checkpoint
-from mala.words.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
+from mala.words.tokenizer import Tokenizer
+from tools.known_models import init_weights
 
 TINY = ROOT / "assets/tiny-llama"
 DEMO = Corpus(ROOT / "assets/demo/sib200").load("train")
@@ -54,7 +57,7 @@ COMPANIONS = {
 def make_base(folder, model, companions=COMPANIONS, rows=0):
     """A tiny checkpoint with the tokenizer `model` and the files that usually lie beside it."""
     llama = Llama(tiny_config(vocab_size=rows or len(Tokenizer(model))))
-    llama.init_weights(0)
+    init_weights(llama, 0)
     llama.save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(model)
     for name, content in companions.items():

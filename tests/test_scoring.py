@@ -24,6 +24,7 @@ from mala.model import KVCache, Llama
 from mala.scoring import documents_nll, loglikelihoods, nll_by_language, windows
 from mala.storage.corpus import Corpus
 from mala.words.tokenizer import Tokenizer
+from tools.known_models import init_weights
 
 TINY = ROOT / "assets/tiny-llama"
 TOKENIZER = Tokenizer.from_pretrained(TINY)
@@ -56,7 +57,7 @@ def test_documents_equal_transformers_loss(monkeypatch):
 
 def test_a_long_document_is_the_sum_of_its_windows_and_one_pass_where_it_fits():
     model = Llama(tiny_config(vocab_size=2048, max_position_embeddings=20))
-    model.init_weights(0)
+    init_weights(model, 0)
     text = " ".join(DEMO["eng_Latn"])
     ids = torch.tensor(TOKENIZER.encode(text, bos=True))
     assert len(ids) > 100
@@ -91,7 +92,7 @@ def test_figures():
 
 
 RANDOM = Llama(tiny_config(vocab_size=50, max_position_embeddings=40, initializer_range=0.3))
-RANDOM.init_weights(0)
+init_weights(RANDOM, 0)
 IDS = st.integers(0, 49)
 CONTINUATIONS = st.builds(  # often several begin alike
     lambda alike, lists: [alike + ids for ids in lists],
@@ -157,7 +158,7 @@ def test_compiled_blocks_serve_batches_of_all_sizes():
     """One graph a pass, and one where two sizes were equal when it was compiled; not one a layer or a batch."""
     torch._dynamo.reset()
     model = Llama(tiny_config(vocab_size=2048, num_hidden_layers=3, max_position_embeddings=200))
-    model.init_weights(0)
+    init_weights(model, 0)
     model.eval()
     generator = random.Random(0)
     encoded = [
@@ -218,7 +219,7 @@ def test_a_gpus_batches_fit_its_free_memory(monkeypatch, sizes, dtype):
         vocab_size=64, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8
     )
     model = Llama(tiny_config(**{**shape, "num_key_value_heads": 8, **sizes})).to(dtype)
-    model.init_weights(0)
+    init_weights(model, 0)
     with torch.no_grad(), Peak() as memory:
         model.hidden_states(torch.zeros(4, 256, dtype=torch.int64), cache=KVCache(model, 4, 256))
     weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), numel=lambda: 10**6)

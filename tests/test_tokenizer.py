@@ -4,15 +4,14 @@ import pickle
 import shutil
 import sys
 
-import numpy as np
 import pytest
 from conftest import ROOT, SHARED, needs_shared
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mala.cli import UserError
-from mala.vocab import count_words, train_pieces
-from mala.words.tokenizer import Tokenizer, WordPacker, append_pieces, load_tokenizer, message_fields
+from mala.words.byte_level import load_tokenizer
+from mala.words.tokenizer import Tokenizer, message_fields
 
 TINY = ROOT / "assets/tiny-llama"
 
@@ -95,54 +94,9 @@ def test_errors_name_the_file(tmp_path):
 PLAIN = Tokenizer.from_pretrained(TINY)
 
 
-def packed(tokenizer, texts, dtype="uint32"):
-    packer = WordPacker(tokenizer, dtype)
-    return [
-        np.frombuffer(packer.pack(text), dtype).tolist() for text in texts * 2
-    ], packer  # the second time from memory
-
-
-@given(
-    st.lists(
-        st.text(st.sampled_from("abc ▁  \tนี้ጤ😀\u00a0<s>eéE"), max_size=30) | st.text(max_size=20), max_size=5
-    )
-)
-@settings(deadline=None, max_examples=300)
-def test_packing_word_by_word_is_encoding_the_text(texts):
-    ids, packer = packed(PLAIN, texts)
-    assert packer.by_words and ids == [PLAIN.encode(text, bos=True) for text in texts * 2]
-
-
-@needs_shared
-def test_packing_word_by_word_on_real_text():
-    official = Tokenizer.from_pretrained(SHARED / "llama2")
-    for file in sorted((SHARED / "udhr").glob("*.txt"))[::20]:
-        texts = file.read_text().splitlines()
-        ids, packer = packed(official, texts, "uint16")
-        assert packer.by_words and ids == official.encode_batch(texts * 2, bos=True)
-
-
-def test_a_tokenizer_that_is_not_so_simple_encodes_whole_texts(monkeypatch):
-    words = count_words([("a b c ab bc abc a bb cc " * 50, 1)])
-    texts = ["a b", "ab ab  a", "ａ ｂ", "a\u3000b", "<x> a"]
-    learnt = Tokenizer(train_pieces(words, 19, published=True), "published")  # normalises by nmt_nfkc
-    user_defined = Tokenizer(PLAIN.model + b"\x0a\x09\x0a\x05a\xe2\x96\x81b\x18\x04", "user defined")
-    inner = Tokenizer(append_pieces(PLAIN, {"a▁": 0.0}), "inner")
-    for tokenizer in (learnt, user_defined, inner):
-        ids, packer = packed(tokenizer, texts)
-        assert not packer.by_words and ids == [tokenizer.encode(text, bos=True) for text in texts * 2], (
-            tokenizer.name
-        )
-    assert user_defined.encode("a b") != PLAIN.encode("a b") and inner.encode("a b") != PLAIN.encode("a b")
-    monkeypatch.setattr(WordPacker, "MAX_WORDS", 3)
-    ids, packer = packed(PLAIN, ["one two three four five", "x" * 100])
-    assert len(packer) <= 3 and ids[0] == PLAIN.encode("one two three four five", bos=True)
-
-
-def test_a_packer_goes_to_another_process():
-    packer = WordPacker(PLAIN, "uint16")
-    copy = pickle.loads(pickle.dumps(packer))
-    assert copy.pack("one two ጤና") == packer.pack("one two ጤና") and copy.by_words
+def test_a_tokenizer_goes_to_another_process():
+    copy = pickle.loads(pickle.dumps(PLAIN))
+    assert copy.encode("one two ጤና", bos=True) == PLAIN.encode("one two ጤና", bos=True)
 
 
 def test_a_tokenizer_json_gives_transformers_ids(tmp_path):
@@ -169,7 +123,7 @@ def test_a_tokenizer_json_gives_transformers_ids(tmp_path):
         ours.check_fits(599)
 
 
-def test_what_begins_a_text_and_errors_of_a_tokenizer_json(tmp_path, monkeypatch):
+def test_what_begins_a_text_and_errors_of_a_tokenizer_json(tmp_path, monkeypatch, capsys):
     from test_evaluate import save_byte_level
 
     save_byte_level(tmp_path, ["a b c"], 260)
@@ -181,14 +135,13 @@ def test_what_begins_a_text_and_errors_of_a_tokenizer_json(tmp_path, monkeypatch
         ("config.json", '{"bos_token_id": 7}', 7),
     ]:
         (tmp_path / name).write_text(content)
-        if expected is None:
-            with pytest.raises(
-                UserError,
-                match=r"tokenizer\.json: no usable bos_token in tokenizer_config\.json nor bos_token_id",
-            ):
-                load_tokenizer(tmp_path).bos_id  # noqa: B018
-        else:
-            assert load_tokenizer(tmp_path).bos_id == expected
+        tokenizer = load_tokenizer(tmp_path)
+        begin = [] if expected is None else [expected]
+        assert tokenizer.bos_id == expected and tokenizer.encode("a", bos=True) == begin + tokenizer.encode(
+            "a"
+        )
+        assert tokenizer.encode_batch(["a", ""], bos=True) == [begin + tokenizer.encode("a"), begin]
+        assert ("names a token that begins a text; a document" in capsys.readouterr().err) == (not begin)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: truncated or no tokenizer\.json"):
         load_tokenizer(tmp_path)

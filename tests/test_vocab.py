@@ -19,7 +19,7 @@ import mala.vocab
 from mala.cli import UserError
 from mala.model import Llama
 from mala.storage.corpus import Corpus
-from mala.vocab import continue_merges, count_words, main, merge, sample, train_pieces
+from mala.vocab import continue_merges, count_words, main, merge, published_words, sample, train_pieces
 from mala.words.tokenizer import Tokenizer
 
 TINY = ROOT / "assets/tiny-llama"
@@ -154,6 +154,7 @@ LLAMA = dict(normalization_rule_name="identity", remove_extra_whitespaces=False,
 def test_learning_from_word_counts_is_learning_from_the_sentences(ours, theirs):
     """For each set of settings, SentencePiece given the sentences themselves, as often as they are drawn."""
     published = ours.get("published", False)
+    words = published_words if published else Tokenizer.words
     drawn = [
         *sample(DEMO, 0.3, 0),
         *((text, 3) for text in ["ﬁrst ½ １２３ Å\u00a0B", "long " * 900, "x1y22 क्\u200dष 𝒳"]),
@@ -163,7 +164,7 @@ def test_learning_from_word_counts_is_learning_from_the_sentences(ours, theirs):
         sentence_iterator=(text.rstrip() for text, times in drawn for _ in range(times)),
         model_writer=model, model_type="bpe", vocab_size=2500, minloglevel=2, **theirs)  # fmt: skip
     expected = pb2.ModelProto.FromString(model.getvalue())
-    found = pb2.ModelProto.FromString(train_pieces(count_words(drawn, published), 2500, **ours))
+    found = pb2.ModelProto.FromString(train_pieces(count_words(drawn, words), 2500, **ours))
     assert [(p.piece, p.score, p.type) for p in found.pieces] == [
         (p.piece, p.score, p.type) for p in expected.pieces
     ]
@@ -177,7 +178,8 @@ def test_words_are_what_stands_between_spaces():
     drawn = [("  two  spaces\ttab\r\nline two ▅x", 2), ("two\u2028a\u00a0b", 1)]
     assert count_words(drawn) == {"two": 5, "spaces": 2, "tab": 2, "line": 2, "x": 2, "a\u00a0b": 1}
     long = "é" * 2097  # 4,194 bytes: SentencePiece would drop the line
-    assert count_words([(f"{long}\n{long[:-1]}", 1), ("ｘ", 1)], published=True) == {long[:-1]: 1, "x": 1}
+    drawn = [(f"{long}\n{long[:-1]}", 1), ("ｘ", 1)]
+    assert count_words(drawn, published_words) == {long[:-1]: 1, "x": 1}
     assert count_words([(long, 1)]) == {long: 1}
 
 

@@ -12,11 +12,19 @@ import numpy as np
 from mala.benchmarks.results import bootstrap, mean, means_by, row_blocks, value_of, with_macro
 from mala.cli import UserError
 from mala.storage.corpus_formats import read_lines
-from mala.storage.files import read_json
+from mala.storage.files import read_json, write_json
 from tools.tables import tabulate
 
 SETTINGS = "data model adapter protocol shots seeds split limit dtype".split()  # that two runs may differ in
 FLIPS = 9999  # of a paired test
+
+
+def compare(files: tuple[str, ...], chosen: Callable, group_by: str | None, out: str | None) -> None:
+    """Print what changed between two runs, see `compare_runs`; leave it in compare.json of a folder `out`."""
+    result = compare_runs(*map(Path, files), chosen, group_by)
+    print_comparison(result)
+    if out:
+        write_json(Path(out) / "compare.json", result)
 
 
 def read_run(file: Path) -> tuple[dict[str, Any], dict[str, dict[tuple, float]]]:

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import replace
 from itertools import islice, product
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from mala.model import Llama, LlamaConfig
 from mala.running.distributed import World
 from mala.running.settings import Settings
 from mala.storage.corpus import Corpus
+from mala.words.byte_level import load_tokenizer
 from mala.words.tokenizer import Tokenizer
 from tools.gpus import flops_per_token, peak_flops
 from tools.memory_plan import memory_plan, recomputed_blocks, room, step_of
@@ -32,7 +34,7 @@ def dry_run(settings: Settings) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         return
     device, dtype = choose_device(settings.device, settings.dtype, is_plan=True)
-    tokenizer = Tokenizer.from_pretrained(settings.model)
+    tokenizer = load_tokenizer(Path(settings.model))
     model, corpus_tokens = planned_model(settings, tokenizer, dtype), print_corpus(settings, tokenizer)
     steps = math.ceil(settings.epochs * corpus_tokens / (settings.batch_size * settings.seq_len))
     print_plan(model, settings, settings.steps or steps, World(size=processes, device=device))
@@ -44,6 +46,7 @@ def planned_model(settings: Settings, tokenizer: Tokenizer, dtype: torch.dtype) 
         model = Llama(LlamaConfig.from_pretrained(settings.model)).to(dtype)
         tokenizer.check_fits(model.config.vocab_size)
         if settings.extend_vocab:
+            tokenizer.check_bpe()
             size = len(tokenizer) + settings.extend_vocab
             matrix = torch.empty(size, model.config.hidden_size, dtype=dtype)
             model.replace_vocabulary(matrix, matrix)

@@ -1,5 +1,6 @@
 """What an extended tokenizer brings, language by language: `python -m mala.vocab report`."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from statistics import fmean
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from mala.cli import UserError
 from mala.storage.corpus import script_of
+from mala.words.byte_level import JsonTokenizer, to_text
 from mala.words.tokenizer import WORD_START, Tokenizer
 from tools.tables import print_table
 
@@ -21,7 +23,8 @@ def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> di
     """One language: `fertility`, tokens per word (per character in scripts without spaces), `bytes_per_token`
     (UTF-8), and the shares of tokens that are bytes (`byte_share`) and `<unk>` (`unk_share`)."""
     units = size = tokens = in_bytes = unknown = 0
-    unk = tokenizer.processor.unk_id()
+    is_json = isinstance(tokenizer, JsonTokenizer)
+    unk = tokenizer.fast.model.unk_token if is_json else tokenizer.pieces[tokenizer.processor.unk_id()]
     for text in documents:
         ids = tokenizer.encode(text)
         words = WORD.findall(text)
@@ -29,7 +32,7 @@ def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> di
         size += len(text.encode())
         tokens += len(ids)
         in_bytes += sum(i in tokenizer.byte_ids for i in ids)
-        unknown += ids.count(unk)
+        unknown += sum(tokenizer.pieces[id] == unk for id in ids)
     if not units or not tokens:
         raise UserError(f"{language}: the text holds no words for {tokenizer.name}; leave this language out")
     shares = {"byte_share": in_bytes / tokens, "unk_share": unknown / tokens}
@@ -38,13 +41,33 @@ def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> di
 
 def unreachable(tokenizer: Tokenizer) -> list[str]:
     """The pieces of a BPE model that no text encodes to: the piece alone, between characters that are in no
-    piece, decides it (mala/words/merges_and_scores.py says why)."""
+    piece, decides it (mala/words/further_merges.py says why)."""
+    if isinstance(tokenizer, JsonTokenizer):
+        return unreachable_in_json(tokenizer)
     pieces = list(tokenizer.scores())
     used = set("".join(pieces))
     stranger = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)  # for private use
     texts = [f"{stranger}{piece.replace(WORD_START, ' ')}{stranger}" for piece in pieces]
     encoded = tokenizer.encode_batch(texts)
     return [piece for piece, ids in zip(pieces, encoded) if tokenizer.processor.piece_to_id(piece) not in ids]
+
+
+def unreachable_in_json(tokenizer: JsonTokenizer) -> list[str]:
+    """The same of a byte-level BPE: a token is encoded alone, or in few contexts. Of one that is no text, as
+    it ends within a character, the merges of its bytes decide."""
+    content = json.loads(tokenizer.model)
+    content["model"]["ignore_merges"] = False
+    merged = JsonTokenizer(json.dumps(content).encode(), tokenizer.name).segment
+    added = tokenizer.fast.get_added_tokens_decoder()
+    left = {id: piece for id, piece in enumerate(tokenizer.pieces) if piece and id not in added}
+    parts = {id: piece for id, piece in left.items() if id in tokenizer.byte_ids}
+    reached = {id for id, ids in zip(parts, merged(list(parts.values()))) if ids == [id]}
+    for context in ("{}", " {}", "a{}", "{}a", "a{}a", "1{}", "\n{}"):
+        left = {id: piece for id, piece in left.items() if id not in reached}
+        texts = [context.format(to_text(piece)) for id, piece in left.items() if id not in parts]
+        encoded = tokenizer.encode_batch(texts)
+        reached |= {id for id, ids in zip([id for id in left if id not in parts], encoded) if id in ids}
+    return [piece for id, piece in left.items() if id not in reached]
 
 
 def fertility_report(base: Tokenizer, new: Tokenizer, documents: Mapping[str, Iterable[str]]) -> dict:

@@ -1,8 +1,10 @@
-"""The shapes of published LLaMA checkpoints, for plans, benchmarks and tests: no weights need be there."""
+"""The shapes of published LLaMA checkpoints, for plans, benchmarks and tests, and random weights for them."""
 
 from typing import Any
 
-from mala.model import LlamaConfig
+import torch
+
+from mala.model import Llama, LlamaConfig
 
 NAMED = {
     "llama-2-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -23,3 +25,14 @@ NAMED = {
 def named(name: str, **changes: Any) -> LlamaConfig:
     """One of the models in NAMED, with `changes` such as another `vocab_size`."""
     return LlamaConfig(**{**NAMED[name], **changes})
+
+
+@torch.no_grad()
+def init_weights(model: Llama, seed: int) -> None:
+    """N(0, initializer_range²) for every matrix, zero biases; norms stay 1: to train from scratch."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(0, model.config.initializer_range, generator=generator)
+        elif name.endswith("bias"):
+            parameter.zero_()

@@ -24,7 +24,8 @@ from mala.model import Llama, LlamaConfig
 from mala.storage.corpus import read_documents
 from mala.storage.files import atomic_directory
 from mala.vocab import count_words, train_pieces
-from mala.words.tokenizer import Tokenizer, WordPacker
+from mala.words.tokenizer import Tokenizer
+from tools.known_models import init_weights
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SEED, STEPS, BATCH_SIZE, SEQ_LEN, LR, WARMUP = 0, 150, 8, 512, 3e-3, 30
@@ -61,12 +62,11 @@ def main() -> None:
     documents = read_text()
     words = count_words((document, 1) for document in documents)
     tokenizer = Tokenizer(train_pieces(words, VOCAB_SIZE, standalone=True))
-    packer = WordPacker(tokenizer, "uint16")
-    tokens = np.frombuffer(b"".join(map(packer.pack, documents)), packer.dtype)
+    tokens = np.concatenate([np.array(tokenizer.encode(text, bos=True), np.uint16) for text in documents])
     print(f"{len(documents):,} documents, {len(tokens):,} tokens")
 
     model = Llama(LlamaConfig(vocab_size=len(tokenizer), **CONFIG))
-    model.init_weights(SEED)
+    init_weights(model, SEED)
     streams = {"eng_Latn": Stream([tokens], len(documents))}
     batches = Batches(streams, SEQ_LEN, BATCH_SIZE, STEPS, alpha=1, seed=SEED)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)

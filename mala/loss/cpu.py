@@ -21,8 +21,7 @@ def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor
     m), and that p is at least 1/V: it cannot underflow.
     """
     losses = []
-    shape = (min(LOGIT_ROWS, len(logits)), logits.shape[1])
-    scratch = logits.new_empty(shape, dtype=torch.float32)
+    scratch = logits.new_empty((min(LOGIT_ROWS, len(logits)), logits.shape[1]), dtype=torch.float32)
     for part, target in zip(logits.split(LOGIT_ROWS), targets[:, None].split(LOGIT_ROWS)):  # (c, V), (c, 1)
         kept = target != ignore_index
         index = target.where(kept, 0)

@@ -26,7 +26,10 @@ from mala.storage import training_checkpoint
 from mala.storage.corpus import Corpus
 from mala.storage.files import atomic_directory, lock, read_json, write_json
 from mala.storage.weights import read_weights
-from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
+from mala.vocab import count_words, sample, train_pieces
+from mala.words.byte_level import load_tokenizer
+from mala.words.further_merges import continue_merges
+from mala.words.merges_and_scores import merge
 from mala.words.new_rows import Where, extend_checkpoint
 from mala.words.tokenizer import Tokenizer
 
@@ -60,8 +63,8 @@ def prepare(
         make_base(settings, corpus, (device, dtype), clear_all=checkpoint is None)
     if not was_there:
         locks.enter_context(lock(out))
-    tokenizer = Tokenizer.from_pretrained(out / "base" if settings.extend_vocab else model)
-    if checkpoint and (checkpoint / "tokenizer.model").read_bytes() != tokenizer.model:
+    tokenizer = load_tokenizer(out / "base" if settings.extend_vocab else model)
+    if checkpoint and load_tokenizer(checkpoint).model != tokenizer.model:
         remedy = f"put the base/ of its own run into {out}, or start over with --resume never"
         raise UserError(f"{checkpoint}: has another vocabulary than {tokenizer.name}, learnt again; {remedy}")
     write_json(out / "run.json", {"identity": identity, "settings": vars(settings), "files": files})
@@ -106,9 +109,8 @@ def clear_checkpoints(folder: Path, resumed_from: Path | None) -> None:
 
 def checkpoint_digest(directory: Path) -> str:
     """SHA-256 of config, tokenizer, and the beginning of every tensor: all of them would take minutes."""
-    content = hashlib.sha256()
-    for name in ("config.json", "tokenizer.model"):
-        content.update((directory / name).read_bytes())
+    content = hashlib.sha256((directory / "config.json").read_bytes())
+    content.update(load_tokenizer(directory).model)
     for name, tensor in sorted(read_weights(directory)):
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content.update(tensor.flatten()[:1024].view(torch.uint8).numpy().tobytes())
@@ -139,15 +141,15 @@ def make_base(settings: Settings, corpus: Corpus, where: Where, clear_all: bool)
     """Hold documents out, learn the vocabulary, extend the checkpoint, computing on `where`. What an earlier
     run left goes, its checkpoints if `clear_all`. Raises UserError as `prepare` does."""
     out, model = Path(settings.out), Path(settings.model)
-    base_tokenizer = Tokenizer.from_pretrained(model)
+    base_tokenizer = load_tokenizer(model)
     test_documents, train_documents = corpus.load("test"), corpus.stream("train")
     if settings.extend_vocab:
-        words = count_words(sample(train_documents, settings.alpha, settings.seed))
+        words = count_words(sample(train_documents, settings.alpha, settings.seed), base_tokenizer.words)
         if settings.vocab_method == "union":
             model_file = merge(base_tokenizer, Tokenizer(train_pieces(words, settings.extend_vocab)))
         else:
             model_file = continue_merges(base_tokenizer, words, settings.extend_vocab)
-        tokenizer = Tokenizer(model_file)
+        tokenizer = type(base_tokenizer)(model_file, base_tokenizer.name)
         if len(tokenizer) == len(base_tokenizer):
             raise UserError(f"{model}: the tokenizer has all new pieces already; give --extend-vocab 0")
 

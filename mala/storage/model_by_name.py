@@ -14,7 +14,8 @@ from mala.storage.files import read_json
 from mala.storage.peft_adapter import fill_adapter, load_adapter
 from mala.storage.tokenizer_files import holds_tokenizer
 from mala.storage.weights import fill_weights
-from mala.words.tokenizer import Tokenizer, load_tokenizer
+from mala.words.byte_level import load_tokenizer
+from mala.words.tokenizer import Tokenizer
 
 DEMO_RUN = Path("out/demo")  # what `python train.py` leaves
 TINY_LLAMA = Path(__file__).resolve().parents[2] / "assets/tiny-llama"

@@ -14,7 +14,8 @@ from typing import Any
 from mala.cli import UserError
 from mala.storage.files import read_json, write_json
 from mala.storage.weights import INDEX, OTHER_WEIGHTS
-from mala.words.tokenizer import NORMALIZER_SPEC, WORD_START, Tokenizer, reads_json
+from mala.words.byte_level import JsonTokenizer, reads_json
+from mala.words.tokenizer import NORMALIZER_SPEC, WORD_START, Tokenizer
 
 PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")  # what an extension replaces
 ADDED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")  # where tokens are added to them
@@ -34,22 +35,43 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def copy_tokenizer(source: Path, target: Path, rows: int, merged: Tokenizer | None = None) -> None:
-    """Copy all files of a tokenizer, with `merged` in place of its pieces if that is given. A missing
-    `tokenizer.json` is made, with its tokenizer_config.json. Raises UserError as `added_tokens` does."""
-    model, tokenizer = source / "tokenizer.model", merged
-    if not merged and model.exists() and not reads_json(source):
+def copy_tokenizer(source: Path, target: Path, rows: int) -> None:
+    """Copy all files of a tokenizer. A missing `tokenizer.json` is made, with its tokenizer_config.json.
+    Raises UserError as `added_tokens` does."""
+    model, tokenizer = source / "tokenizer.model", None
+    if model.exists() and not reads_json(source):
         tokenizer = Tokenizer.from_pretrained(model)
-    if tokenizer:
         tokenizer.check_fits(rows)
     added = added_tokens(source, len(tokenizer) if tokenizer else 0, rows)
-    for name in sorted(TOKENIZER_FILES):
-        if (source / name).is_file() and not (merged and name in PIECES):
-            shutil.copyfile(source / name, target / name)
-    if merged:
-        (target / "tokenizer.model").write_bytes(merged.model)
+    _copy(source, target, TOKENIZER_FILES)
     if tokenizer and not (target / "tokenizer.json").exists():
         write_for_transformers(tokenizer, target, added)
+
+
+def write_extended(source: Path, base: Tokenizer, merged: Tokenizer, target: Path) -> None:
+    """The tokenizer files of `source`, with `merged` in place of the pieces of `base`, and its config.json
+    with as many rows. Raises UserError for tokens that other files add where the new pieces go."""
+    added_tokens(source, len(base), rows=len(base))
+    _copy(source, target, TOKENIZER_FILES - {*PIECES})
+    if isinstance(merged, JsonTokenizer):
+        (target / "tokenizer.json").write_bytes(merged.model)
+        file, begins = target / "tokenizer_config.json", base.bos_id is not None
+        config = {"bos_token": base.pieces[base.bos_id]} if begins else {}
+        config |= {"clean_up_tokenization_spaces": False} | (read_json(file) if file.exists() else {})
+        # Trap: other classes of transformers make what cuts a text into words anew, by rules of their own.
+        write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    else:
+        (target / "tokenizer.model").write_bytes(merged.model)
+        write_for_transformers(merged, target, {})
+    if (source / "config.json").exists():
+        config = read_json(source / "config.json")
+        write_json(target / "config.json", {**config, "vocab_size": len(merged)})
+
+
+def _copy(source: Path, target: Path, names: set[str]) -> None:
+    for name in sorted(names):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def added_tokens(folder: Path, pieces: int, rows: int) -> dict[int, str]:

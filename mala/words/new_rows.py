@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from mala.cli import UserError
 from mala.model import Llama, LlamaConfig
-from mala.storage.files import atomic_directory, read_json, write_json
-from mala.storage.tokenizer_files import added_tokens, copy_companions, copy_tokenizer
+from mala.storage.files import atomic_directory
+from mala.storage.tokenizer_files import copy_companions, write_extended
 from mala.storage.weights import WEIGHTS, read_tensors, rewrite_tensors, weight_files, write_index
+from mala.words.byte_level import load_tokenizer
 from mala.words.tokenizer import Tokenizer
 
 MATRICES = EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -168,12 +169,13 @@ def extend_checkpoint(
     memory while its shard is written, the model, loaded to `where`, for what is in FITS; all else is copied
     as bytes. Raises UserError if `out` exists, if `source` is no such checkpoint, and as `extend_model`."""
     config = Llama.from_pretrained(source, device="meta").config  # refuses weights that are not the config's
-    base, shards = Tokenizer.from_pretrained(source), weight_files(source)
-    added_tokens(source, len(base), rows=len(base))  # where the new pieces go
+    base, shards = load_tokenizer(source), weight_files(source)
     with atomic_directory(out) as temporary:
         segments = segment_new(config, base, merged)
         if not segments:
             raise UserError(f"{merged.name}: adds no piece to {base.name}; nothing to extend")
+        copy_companions(source, temporary)
+        write_extended(source, base, merged, temporary)
         found = {name: old for file in shards for name, old in read_tensors(file, MATRICES)}
         fitted = {}
         if init in FITS:
@@ -190,8 +192,6 @@ def extend_checkpoint(
             options = (len(base), segments, init, config.initializer_range)
             return extended_matrix(found[name], *options, 2 * seed + (name == LM_HEAD))
 
-        copy_companions(source, temporary)
-        copy_tokenizer(source, temporary, len(merged), merged)
         for file in tqdm(shards, desc="copying", unit="file", leave=False, disable=None):
             names, target = [name for name, _ in read_tensors(file, MATRICES)], temporary / file.name
             if names:  # the new matrices have no name here: they are gone before the next shard's are made
@@ -200,5 +200,3 @@ def extend_checkpoint(
                 shutil.copyfile(file, target)
         if shards != [source / WEIGHTS]:
             write_index(temporary, [temporary / file.name for file in shards])
-        changed = {**read_json(source / "config.json"), "vocab_size": len(merged)}
-        write_json(temporary / "config.json", changed)

@@ -1,4 +1,4 @@
-"""A LLaMA tokenizer: SentencePiece's model file (`tokenizer.model`), or a `tokenizer.json`.
+"""SentencePiece's `tokenizer.model`, LLaMA 2's kind of tokenizer; for `tokenizer.json` see byte_level.py.
 
 A `tokenizer.model` is a serialized protobuf message `ModelProto { repeated SentencePiece pieces = 1; ... }`
 with `SentencePiece { string piece = 1; float score = 2; Type type = 3; }` (sentencepiece_model.proto). Two
@@ -6,14 +6,12 @@ serialized messages put end to end are one message: repeated fields are joined, 
 value. So pieces are added by appending bytes.
 """
 
-import json
 import re
 import struct
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 
 from mala.cli import UserError
@@ -38,11 +36,12 @@ class Tokenizer:
             self.model_type = MODEL_TYPES[trainer_spec.get(3, 1)]
         except (RuntimeError, ValueError, TypeError, KeyError):
             if TIKTOKEN.match(model):
-                found = "a tiktoken file, LLaMA 3's kind, expected a SentencePiece model to train or extend"
-                raise UserError(f"{name}: {found}; to evaluate put tokenizer.json beside it") from None
+                found = "a tiktoken file, LLaMA 3's kind, expected a SentencePiece model or a tokenizer.json"
+                remedy = "take the hub's tokenizer.json, or convert this as docs/vocabulary.md shows"
+                raise UserError(f"{name}: {found} beside it; {remedy}") from None
             found = f"truncated or no SentencePiece model ({len(model):,} bytes)"
             raise UserError(f"{name}: {found}; download it again") from None
-        self.bos_id: int = self.processor.bos_id()
+        self.bos_id: int | None = self.processor.bos_id()
         if self.bos_id < 0:
             raise UserError(f"{name}: the model has no beginning-of-sentence piece (<s>), which LLaMA needs")
 
@@ -113,17 +112,12 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode([id for id in ids if id < len(self)])  # a model may have more rows
 
-    def splits_at_spaces(self) -> bool:
-        """Whether the tokens of a text, its words one space apart, are the tokens of its words."""
-        scores, normalizer = self.scores(), self.specification(NORMALIZER_SPEC)
-        # Text as it is: no precompiled_charsmap (2), a space put before the text (3), and spaces kept (5).
-        is_plain = not normalizer.get(2) and normalizer.get(3, 1) and normalizer.get(5, 1)
-        # USER_DEFINED pieces (type 4) are cut out before BPE begins, wherever they stand.
-        is_merged = self.model_type == "bpe" and 4 not in self.types
-        is_apart = not any(WORD_START in piece.lstrip(WORD_START) for piece in scores)
-        # Unknown characters that are neighbours become one token, across words.
-        is_known = WORD_START in scores or len(self.byte_ids) == 256
-        return bool(is_plain and is_merged and is_apart and is_known)
+    @staticmethod
+    def words(text: str) -> Iterator[str]:
+        """The parts of a text that no merge crosses: they stand between spaces."""
+        for line in text.splitlines():  # SentencePiece learns from single lines
+            # A tab ends the word in train_pieces; ▅ SentencePiece keeps to itself, and drops what holds it.
+            yield from line.replace("\t", " ").replace("▅", " ").split(" ")
 
     def segment(self, pieces: list[str]) -> list[list[int]]:
         """The segmentation of each piece as a part of a text, `▁` being the space that it stands for. A piece
@@ -142,93 +136,6 @@ class Tokenizer:
         # Between letters of a private area, which combine with nothing, for spaces at the ends to stay.
         normal = self.processor.normalize([f"\ue000{text}\ue000" for text in texts])
         return [text.partition("\ue000")[2].rpartition("\ue000")[0] for text in normal]
-
-
-class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json`, such as LLaMA 3's byte-level BPE: text to ids and back, by package `tokenizers`."""
-
-    def __init__(self, path: Path):
-        self.model, self.name = path.read_bytes(), str(path)
-        try:
-            import tokenizers
-
-            self.fast = tokenizers.Tokenizer.from_str(self.model.decode())
-        except ImportError:
-            raise UserError(f"{path}: a tokenizer.json takes the package: pip install tokenizers") from None
-        except Exception as error:  # the package raises nothing more particular
-            found = f"truncated or no tokenizer.json ({str(error)[:200]})"
-            raise UserError(f"{path}: {found}; download it again") from None
-        # Traps: the file may ask for truncation and padding, and "</s>" in a text becomes the control token.
-        self.fast.no_truncation()
-        self.fast.no_padding()
-        self.fast.encode_special_tokens = True
-
-    @cached_property
-    def bos_id(self) -> int:
-        """What begins a text: `bos_token` of `tokenizer_config.json`, or `bos_token_id` of `config.json`."""
-        for name, key in (("tokenizer_config.json", "bos_token"), ("config.json", "bos_token_id")):
-            try:
-                token = json.loads(Path(self.name).with_name(name).read_text(encoding="utf-8")).get(key)
-            except (OSError, ValueError, AttributeError):
-                continue
-            token = token.get("content") if isinstance(token, dict) else token
-            bos_id = self.fast.token_to_id(token) if isinstance(token, str) else token
-            if type(bos_id) is int and 0 <= bos_id < len(self):
-                return bos_id
-        found = "no usable bos_token in tokenizer_config.json nor bos_token_id in config.json beside it"
-        raise UserError(f"{self.name}: {found}, and a document begins with one; add it")
-
-    def __len__(self) -> int:
-        return 1 + max(self.fast.get_vocab(with_added_tokens=True).values())
-
-    def encode(self, text: str, bos: bool = False) -> list[int]:
-        return self.encode_batch([text], bos)[0]
-
-    def encode_batch(self, texts: list[str], bos: bool = False) -> list[list[int]]:
-        first = [self.bos_id] if bos else []
-        return [first + encoding.ids for encoding in self.fast.encode_batch(texts, add_special_tokens=False)]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.fast.decode(ids)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The `tokenizer.model` of a folder, else its `tokenizer.json`. Raises UserError if it has neither."""
-    if reads_json(folder):
-        return JsonTokenizer(folder / "tokenizer.json")
-    return Tokenizer.from_pretrained(folder)
-
-
-def reads_json(folder: Path) -> bool:
-    """Whether `tokenizer.json` counts: no SentencePiece model lies beside it (LLaMA 3's .model is none)."""
-    model = folder / "tokenizer.model"
-    has_model = model.is_file() and model.read_bytes()[:1] == b"\x0a"  # as a ModelProto begins
-    return (folder / "tokenizer.json").exists() and not has_model
-
-
-class WordPacker(dict):
-    """A text's tokens as bytes, `<s>` first: what `encode` gives, several times faster, since a word's tokens
-    are looked up when it comes again. dtype: uint16 or uint32, of the tokens, little-endian."""
-
-    MAX_WORDS = 2**19  # about 100 MB
-
-    def __init__(self, tokenizer: Tokenizer, dtype: str):
-        self.tokenizer, self.dtype = tokenizer, np.dtype(dtype).newbyteorder("<")
-        self.bos = np.array([tokenizer.bos_id], self.dtype).tobytes()
-        self.by_words = tokenizer.splits_at_spaces()
-
-    def pack(self, text: str) -> bytes:
-        if not self.by_words or "  " in text or WORD_START in text or text[:1] == " " or text[-1:] == " ":
-            return np.array(self.tokenizer.encode(text, bos=True), self.dtype).tobytes()
-        return self.bos + b"".join(map(self.__getitem__, text.split(" ")))
-
-    def __missing__(self, word: str) -> bytes:
-        if len(self) >= self.MAX_WORDS:
-            self.clear()
-        tokens = np.array(self.tokenizer.encode(word), self.dtype).tobytes()
-        if len(word) < 64:  # a whole line of Thai is a word, too, but not one to come again
-            self[word] = tokens
-        return tokens
 
 
 def append_pieces(base: Tokenizer, scores: dict[str, float]) -> bytes:

@@ -112,11 +112,9 @@ def rewind(metrics: Path, step: int) -> None:
     """Take away the lines after `step`, which a killed run wrote, the last maybe by half."""
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines() if step and metrics.exists() else []:
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
     with atomic_file(metrics) as file:
         file.writelines(kept)
 
