@@ -41,12 +41,13 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="corpora, the first is learnt from")
     parser.add_argument("--sizes", default="4000", help="pieces of the new model; tokenizer.json: added")
     args = parser.parse_args()
-    corpora = [Corpus(folder) for folder in args.data.split(",")]
     base = load_tokenizer(Path(args.base))
-    words = count_words(sample(corpora[0].stream("train"), 0.3, 0, draws=20_000), base.words)
+    is_json, rows = isinstance(base, JsonTokenizer), []
+    corpora = [Corpus(folder, held_out=0 if is_json else 0.2) for folder in args.data.split(",")]
+    draws = None if is_json else 20_000  # of the first corpus all, or some
+    words = count_words(sample(corpora[0].stream("train"), 0.3, 0, draws), base.words)
     files = [file for corpus in corpora for files in corpus.files.values() for file in files]
     texts = [text for file in files for text in read_documents(file)]
-    is_json, rows = isinstance(base, JsonTokenizer), []
     for size in map(int, args.sizes.split(",")):
         rows += (byte_level if is_json else sentencepiece)(base, words, size, texts)
     print(
