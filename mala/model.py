@@ -131,7 +131,10 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         if ctx.weight.grad is None:
             ctx.weight.grad = torch.zeros_like(ctx.weight)
-        ctx.weight.grad.index_put_((ctx.tokens,), gradient, accumulate=True)  # in order, on a GPU, too
+        if gradient.is_cuda:  # Trap: only there index_put_ adds in order, and index_add_ only on a CPU
+            ctx.weight.grad.index_put_((ctx.tokens,), gradient, accumulate=True)
+        else:
+            ctx.weight.grad.index_add_(0, ctx.tokens.flatten(), gradient.flatten(0, -2))
         return None, None
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT, SHARED, tiny_config
 from safetensors.torch import load_file, save_file
 
 from mala.cli import UserError
-from mala.model import KVCache, Llama, LlamaConfig
+from mala.model import Embedding, KVCache, Llama, LlamaConfig
 from mala.storage.config_json import fields_of, read_config
 from mala.storage.weights import INDEX, WEIGHTS
 from tools.known_models import NAMED, init_weights, named
@@ -210,7 +210,7 @@ def test_loading_holds_no_second_copy(dtype, copies, tmp_path):
     size = sum(parameter.nbytes for parameter in model.parameters())
     code = f"""if True:
         import threading, time, torch
-        from mala.model import Llama
+        from mala.model import Embedding, Llama
         def held():
             return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
         torch.ones(8, 1024) @ torch.ones(1024, 1024)  # the thread pool and its buffers
@@ -366,3 +366,20 @@ def test_configs_of_the_hub_load(tmp_path):
     with torch.device("meta"):
         assert sum(p.numel() for p in Llama(llama2).parameters()) == 6_738_415_616
         assert sum(p.numel() for p in Llama(llama3).parameters()) == 8_030_261_248
+
+
+def test_the_gradient_of_a_lookup_has_the_same_bits_with_several_threads():
+    """Tokens occur often, and their rows' gradients are summed up in one order, whichever thread is first."""
+    torch.manual_seed(0)
+    embedding, tokens = Embedding(2000, 96), torch.randint(0, 40, (8, 256))
+    gradient, found = torch.randn(8, 256, 96), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, *[2] * 20):
+            torch.set_num_threads(count)
+            embedding.weight.grad = None
+            embedding(tokens, into_grad=True).backward(gradient)
+            found.append(embedding.weight.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, found[0]) for one in found)

@@ -147,15 +147,13 @@ def to_text(piece: str) -> str | None:
 
 class Pairs:
     """How such a BPE merges: neighbours that stand in its list of pairs, pair by pair, in all of a word. If
-    `ignore_merges` (LLaMA 3), a word that is a token is not put together, but taken at once."""
+    `ignore_merges` (LLaMA 3), a word that is a token is taken at once. known: all tokens of the base."""
 
     def __init__(self, known: Iterable[str], ignore_merges: bool):
-        """known: all tokens of the base."""
         self.known, self.takes_words = set(known), ignore_merges
 
     def joinable(self, left: str, right: str) -> bool:
-        """All neighbours within a word are: the base's own pre-tokenizer has cut the text."""
-        return True
+        return True  # the base's own pre-tokenizer has cut the text
 
     def candidates(self, symbols: list[str]) -> Iterator[tuple[Pair, int]]:
         """(pair, 1 token that it saves) for each place where a new token may arise. A pair that makes a known

@@ -89,12 +89,11 @@ def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
 
 
 class Unions:
-    """How SentencePiece merges: neighbours whose union is a piece, the highest score first."""
+    """How SentencePiece merges: neighbours whose union is a piece, the highest first. scores: the base's."""
 
     takes_words = False  # each is put together from its characters
 
     def __init__(self, scores: Scores):
-        """scores: of the base's pieces."""
         self.scores, self.lowest = dict(scores), min(scores.values())
 
     def joinable(self, left: str, right: str) -> bool:
