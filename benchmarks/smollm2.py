@@ -25,22 +25,15 @@ from mala.model import LlamaConfig
 from mala.storage.config_json import fields_of, to_config_json
 from mala.storage.files import write_json
 from mala.storage.weights import write_weights
+from mala.words.byte_level import ALPHABET
 
 UNKNOWN, CONTROL, BYTE = 2, 3, 6  # SentencePiece.Type
 # <|endoftext|>, which begins a document, <|im_start|>, <|im_end|>
 SPECIAL = {0: "<s>", 1: "<unk>", 2: "</s>"}
 
 
-def bytes_of_characters() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, other bytes for U+0100 and on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 def convert_tokenizer(tokens: list[str], merges: list[str], first_text_token: int) -> bytes:
     """A SentencePiece ModelProto with a piece for every token, in their order."""
-    alphabet = bytes_of_characters()
     order = {merge.replace(" ", ""): rank for rank, merge in reversed(list(enumerate(merges)))}
     model = pb2.ModelProto()
     model.trainer_spec.model_type = pb2.TrainerSpec.BPE
@@ -54,7 +47,7 @@ def convert_tokenizer(tokens: list[str], merges: list[str], first_text_token: in
         if i < first_text_token:
             piece.type = UNKNOWN if i == 1 else CONTROL
             continue
-        raw = bytes(alphabet[character] for character in token)
+        raw = bytes(ALPHABET[character] for character in token)
         if len(raw) == 1 and (raw[0] >= 0x80 or raw[0] == 0):
             piece.piece, piece.type = f"<0x{raw[0]:02X}>", BYTE
             continue

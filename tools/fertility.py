@@ -23,8 +23,10 @@ def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> di
     """One language: `fertility`, tokens per word (per character in scripts without spaces), `bytes_per_token`
     (UTF-8), and the shares of tokens that are bytes (`byte_share`) and `<unk>` (`unk_share`)."""
     units = size = tokens = in_bytes = unknown = 0
-    is_json = isinstance(tokenizer, JsonTokenizer)
-    unk = tokenizer.fast.model.unk_token if is_json else tokenizer.pieces[tokenizer.processor.unk_id()]
+    if isinstance(tokenizer, JsonTokenizer):
+        unk = tokenizer.fast.token_to_id(getattr(tokenizer.fast.model, "unk_token", None) or "")
+    else:
+        unk = tokenizer.processor.unk_id()
     for text in documents:
         ids = tokenizer.encode(text)
         words = WORD.findall(text)
@@ -32,7 +34,7 @@ def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> di
         size += len(text.encode())
         tokens += len(ids)
         in_bytes += sum(i in tokenizer.byte_ids for i in ids)
-        unknown += sum(tokenizer.pieces[id] == unk for id in ids)
+        unknown += ids.count(unk)
     if not units or not tokens:
         raise UserError(f"{language}: the text holds no words for {tokenizer.name}; leave this language out")
     shares = {"byte_share": in_bytes / tokens, "unk_share": unknown / tokens}
