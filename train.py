@@ -5,41 +5,43 @@
     torchrun --nproc-per-node 8 train.py --config ...          the same on eight GPUs
 
 The vocabulary is extended, LoRA is added to the attention, and it is trained together with the whole
-embeddings and head. The result is left in --out: adapter/ (PEFT's format, with its tokenizer), base/
-(the checkpoint with the extended vocabulary, which the adapter needs), nll.json (per language, on held-out
-text, before and after), metrics.jsonl and checkpoints/. A run that was killed goes on from its last
-checkpoint when the same command is given again.
+embeddings and head. The result is left in --out: adapter/ (PEFT's format, with its tokenizer), base/ (the
+checkpoint with the extended vocabulary, which the adapter needs), nll.json (per language, on held-out text,
+before and after), metrics.jsonl and checkpoints/. With --train all there is no adapter/ but model/, a plain
+checkpoint. A run that was killed goes on from its last checkpoint when the same command is given again.
 """
 
 import gc
 import math
 import shutil
 import time
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from mala import lora
 from mala.cli import UserError, choose_device, parse
 from mala.cli import run as run_main
-from mala.data import Batches, open_streams, read_ahead
-from mala.lora import add_lora, find_targets, parameter_report, start_lora, trainable_parameters
-from mala.model import Llama
+from mala.data import Batches, read_ahead
+from mala.generate import generate, stream
+from mala.model import Llama, document_mask
 from mala.running import distributed
 from mala.running.distributed import World
-from mala.running.prepare import prepare
-from mala.running.settings import Settings
+from mala.running.prepare import open_corpora, open_tokens, prepare
+from mala.running.settings import RESULT, Settings
 from mala.scoring import nll_by_language
+from mala.storage import training_checkpoint
 from mala.storage.corpus import Corpus
 from mala.storage.files import atomic_directory, read_json, write_json
 from mala.storage.model_by_name import find_folder, load_model
 from mala.storage.peft_adapter import adapter_tensors, save_adapter
 from mala.storage.tokenizer_files import added_tokens, copy_tokenizer
-from mala.storage.training_checkpoint import ADAPTER, OPTIMIZER, checkpoints, read_state, write_state
-from mala.storage.weights import fill_weights, read_tensors
+from mala.storage.weights import fill_weights, read_tensors, read_weights
 from mala.words.byte_level import load_tokenizer
 from mala.words.tokenizer import Tokenizer
 from tools import pictures
@@ -72,7 +74,7 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack
     run = Run(settings, world, dtype, locks)
     if run.is_finished:
         if world.is_main:
-            print_nll(**run.nll)
+            print_nll(**run.nll, known=run.known)
             print(f"{run.out}: this run is finished; another --out, or --resume never, starts a new one")
         return
     model, optimizer, steps, log = run.model, run.optimizer, run.steps, run.log
@@ -83,7 +85,7 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack
         for step in range(run.done, steps):
             lr = learning_rate(step, steps, settings)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["relative_lr"]
 
             began = time.perf_counter()
             batch = next(loaded)
@@ -95,10 +97,13 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack
                 x, y = tokens[rows], targets[rows]
                 torch.manual_seed(dropout_seed(settings.seed, step, world.rank * len(tokens) + row))
                 distributed.sync_gradients(model, rows.stop == len(tokens))
+                mask = run.mask(x) if settings.attend == "document" else None
                 # The mean of equal micro-batches' means is the batch's. FSDP2 averages over processes.
-                part = model(x, targets=y, share=len(x) / len(tokens))
+                part = model(x, targets=y, share=len(x) / len(tokens), mask=mask)
                 part.backward()
                 loss += part.detach()
+            for parameter in run.waiting if step < settings.warmup_embeddings else ():
+                parameter.grad = None  # AdamW leaves out what has none
             grad_norm = clip_grad_norm_(run.trained.values(), settings.max_grad_norm)
             grad_norm = distributed.unsharded(grad_norm).item()
             # One process's signal stops them all, after the same step.
@@ -108,13 +113,14 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack
             optimizer.step()
             optimizer.zero_grad()
 
-            done, measured = step + 1, None
+            done, measured, samples = step + 1, None, {}
             log.add(loss, waited)
             if settings.eval_every and done % settings.eval_every == 0:
                 with log.paused():
                     measured = run.measure(f"NLL at step {done}", settings.eval_documents)
+                    samples = run.continue_texts()
             if done % settings.log_every == 0 or done == steps or measured:
-                log.write(done, measured, lr=lr, grad_norm=grad_norm)
+                log.write(done, measured, samples, lr=lr, grad_norm=grad_norm)
             if done % settings.save_every == 0 or done == steps or stop:
                 with log.paused():
                     log.flush()
@@ -129,10 +135,13 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack
 
 
 def learning_rate(step: int, steps: int, settings: Settings) -> float:
-    """Linear warm-up, then linear decay: `lr` at step `warmup_steps`, 0 just after the last step."""
+    """Linear warm-up to `lr`, then linear decay, or half a cosine's period, to 0 just after the last step."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
-    return settings.lr * (steps - step) / max(1, steps - settings.warmup_steps)
+    left = settings.lr * (steps - step) / max(1, steps - settings.warmup_steps)
+    if settings.schedule == "cosine":
+        return settings.lr * (1 - math.cos(math.pi * left / settings.lr)) / 2
+    return left
 
 
 def dropout_seed(seed: int, step: int, row: int) -> int:
@@ -147,19 +156,21 @@ class Run:
     def __init__(self, settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack):
         """Check the input, prepare what is not there yet, and load the model, or a checkpoint."""
         self.settings, self.world, self.out = settings, world, Path(settings.out)
-        base_tokenizer, corpus = check_input(settings, world, dtype)
-        work = partial(prepare, settings, corpus, world.device, dtype, locks)
+        base_tokenizer, corpora = check_input(settings, world, dtype)
+        work = partial(prepare, settings, corpora, world.device, dtype, locks)
         checkpoint, self.identity = world.from_main(work)
         self.base = self.out / "base" if settings.extend_vocab else Path(settings.model)  # of the adapter
         self.tokenizer = load_tokenizer(self.base)
         self.test_documents = Corpus(self.out / "held_out", held_out=1.0).load("test")
-        streams = open_streams(corpus, Path(settings.tokens or self.out / "tokens"))
+        streams, *replay = open_tokens(settings, corpora)
         corpus_tokens, step_tokens = sum(map(len, streams.values())), settings.batch_size * settings.seq_len
         self.steps = settings.steps or math.ceil(settings.epochs * corpus_tokens / step_tokens)
         of_batch = (settings.seq_len, settings.batch_size, self.steps, settings.alpha, settings.seed)
-        self.batches = Batches(streams, *of_batch)
+        again = {f"{language} (replay)": stream for part in replay for language, stream in part.items()}
+        self.batches = Batches(streams | again, *of_batch)
+        self.known = {*settings.base_langs}.union(*replay)  # languages of the base, which are shown apart
 
-        state = read_state(checkpoint) if checkpoint else {"step": 0}
+        state = training_checkpoint.read_state(checkpoint) if checkpoint else {"step": 0}
         self.done = state["step"]  # steps of earlier runs
         if self.done > self.steps:
             found = f"has {self.done} steps, this run only {self.steps}"
@@ -178,11 +189,11 @@ class Run:
         if world.is_main:
             write_json(file, {"before": self.nll["before"]})
 
-        # What trains is float32: LoRA's A and B, and the modules saved whole. The rest is frozen, in --dtype.
+        # What trains is float32: LoRA's A and B and the modules saved, or all. The rest is in --dtype.
         self.model = model = Llama.from_pretrained(self.base, dtype, "meta")  # no memory until it is cut
-        add_lora(model, settings.lora())
+        settings.choose_trained(model, len(base_tokenizer))
         model.recomputed_blocks = world.from_main(partial(recomputed_blocks, model, settings, world))
-        summary, flops = parameter_report(model), flops_per_token(model, settings.seq_len)
+        summary, flops = lora.parameter_report(model), flops_per_token(model, settings.seq_len)
         self.is_compiled = settings.is_compiled(world.device)
         if self.is_compiled:
             for block in model.model["layers"]:
@@ -190,11 +201,13 @@ class Run:
         distributed.shard(model, world)
         fill_weights(model, self.base)
         torch.manual_seed(settings.seed)  # for A, which starts at random
-        start_lora(model)
-        self.trained = trainable_parameters(model)  # the model's own name -> parameter
-        self.adapter = adapter_tensors(model, model.lora_saved)  # PEFT's name -> parameter
+        lora.start_lora(model)
+        self.trained = lora.trainable_parameters(model)  # the model's own name -> parameter
+        # With --warmup-embeddings these wait.
+        self.waiting = [weight for name, weight in self.trained.items() if not lora.saved_module_of(name)]
         adamw = AdamW8bit if settings.moments == "8bit" else torch.optim.AdamW
-        self.optimizer = adamw(self.trained.values(), weight_decay=settings.weight_decay, fused=True)
+        groups = settings.parameter_groups(self.trained)
+        self.optimizer = adamw(groups, settings.lr, weight_decay=settings.weight_decay, fused=True)
         if checkpoint:
             self.load(checkpoint)
         if world.is_main:
@@ -209,12 +222,15 @@ class Run:
         if settings.tensorboard:
             self.log.open_tensorboard()
 
+    def mask(self, tokens: Tensor) -> Tensor:
+        return document_mask(tokens, self.tokenizer.bos_id, self.model.compute_dtype)
+
     def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         """Raise UserError before a loss or a gradient that is no number spoils the weights."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         languages = ", ".join(sorted(set(self.batches.languages_of(step))))
-        saved = checkpoints(self.out / "checkpoints")
+        saved = training_checkpoint.checkpoints(self.out / "checkpoints")
         found = f"the loss is {loss} and the gradient's norm {grad_norm} (languages {languages})"
         go_on = f" and go on from {saved[-1]}" if saved else ""
         raise UserError(f"step {step + 1}: {found}; lower --lr{go_on}")
@@ -222,9 +238,27 @@ class Run:
     def measure(self, description: str, documents: int | None = None) -> dict[str, dict]:
         """NLL of the held-out text, of at most so many documents of each language."""
         few = {language: texts[:documents] for language, texts in self.test_documents.items()}
-        # Documents have all lengths, and a block would be compiled anew for each.
-        with torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext():
+        with self.eager():
             return nll_by_language(self.model, self.tokenizer, few, description, self.world)
+
+    def eager(self) -> AbstractContextManager:
+        """For texts of all lengths: a block would be compiled anew for each."""
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
+
+    def continue_texts(self, tokens: int = 40) -> dict[str, str]:
+        """Of each language in --samples the first half of a held-out text, and what the model likes best
+        after it."""
+        texts = {}
+        self.model.eval()
+        for language in filter(self.test_documents.__contains__, self.settings.samples):
+            words = self.test_documents[language][0].split(" ")
+            prompt = " ".join(words[: min(len(words) // 2, 20)])
+            ids = self.tokenizer.encode(prompt, bos=True)
+            with self.eager():
+                new = generate(self.model, ids, tokens, temperature=0, ends=[self.tokenizer.bos_id])
+                texts[language] = f"{prompt} …" + "".join(stream(self.tokenizer, ids, new))
+        self.model.train()
+        return texts
 
     def save(self, done: int) -> None:
         """Write checkpoints/step-N/ and take the oldest away."""
@@ -237,50 +271,58 @@ class Run:
         place = atomic_directory(folder / f"step-{done}", replace=True)
         # The main process writes; for the others the folder is None: they only give their parts.
         with place if self.world.is_main else nullcontext() as checkpoint:
-            self.save_adapter(checkpoint)
-            write_state(checkpoint, moments, state)
+            self.save_trained(checkpoint, torch.float32)
+            training_checkpoint.write_state(checkpoint, moments, state)
         if self.world.is_main:
-            for old in checkpoints(folder)[: -self.settings.keep]:
+            for old in training_checkpoint.checkpoints(folder)[: -self.settings.keep]:
                 if old.resolve() != asked_for:  # the same command will ask for it again
                     shutil.rmtree(old)
         self.world.wait()  # for the main process, however long the writing takes
 
     def load(self, checkpoint: Path) -> None:
         """Fill the trained parameters and the optimizer's state from what `save` wrote."""
-        for name, tensor in read_tensors(checkpoint / ADAPTER):
-            distributed.fill(self.adapter[name], tensor)
-        for name, tensor in read_tensors(checkpoint / OPTIMIZER):
+        adapter = adapter_tensors(self.model, self.model.lora_saved) if lora.has_adapter(self.model) else {}
+        for name, tensor in read_tensors(training_checkpoint.trained_file(checkpoint)):
+            distributed.fill((adapter or self.trained)[name], tensor)
+        for name, tensor in read_tensors(checkpoint / training_checkpoint.OPTIMIZER):
             moment, _, name = name.partition(".")
             weight = self.trained[name]
-            # The optimizer counts its steps in float32, on the parameter's device.
-            state = self.optimizer.state[weight]
-            state["step"] = torch.tensor(float(self.done), device=weight.device)
-            state[moment] = torch.zeros_like(weight.detach()[:, : tensor.shape[1]], dtype=tensor.dtype)
+            # The optimizer counts a parameter's steps in float32, on its device.
+            state, like = self.optimizer.state[weight], weight.detach()
+            waited = 0 if lora.saved_module_of(name) else self.settings.warmup_embeddings
+            state["step"] = torch.tensor(float(self.done - waited), device=weight.device)
+            like = like[:, : tensor.shape[1]] if like.ndim == 2 else like
+            state[moment] = torch.zeros_like(like, dtype=tensor.dtype)
             distributed.fill(state[moment], tensor)
 
-    def save_adapter(self, folder: Path | None) -> None:
-        save_adapter(self.model, folder, str(self.base))
+    def save_trained(self, folder: Path | None, dtype: torch.dtype) -> None:
+        """Write the adapter, or a checkpoint of all weights in `dtype`, with its tokenizer."""
+        distributed.reshard(self.model)
+        if lora.has_adapter(self.model):
+            save_adapter(self.model, folder, str(self.base))
+        else:
+            training_checkpoint.save_checkpoint(self.model, folder, self.base, dtype)
         if folder is not None:
             copy_tokenizer(self.base, folder, self.model.config.vocab_size)
 
     def finish(self, started: float) -> None:
-        """Measure the held-out text again, and write adapter/, the pictures and, last, nll.json."""
+        """Measure the held-out text again, and write adapter/ or model/, the pictures and, last, nll.json."""
         self.nll["after"] = self.measure("NLL after")
-        place = atomic_directory(self.out / "adapter", replace=True)
+        place = atomic_directory(self.out / RESULT[self.settings.train], replace=True)
         with place if self.world.is_main else nullcontext() as folder:
-            self.save_adapter(folder)
+            self.save_trained(folder, next(read_weights(self.base))[1].dtype)
         self.world.wait()  # till the main process has all parts
         if self.world.is_main:
             if pictures.is_available():
                 pictures.draw_run(self.out, **self.nll)
             write_json(self.out / "nll.json", self.nll)  # with this file the run is finished
-            print_nll(**self.nll)
+            print_nll(**self.nll, known=self.known)
             memory = f"peak memory {peak_memory(self.world.device) / 1e9:.2f} GB"
             print(f"{self.out}: {self.steps} steps, {time.perf_counter() - started:.0f} s, {memory}")
 
 
-def check_input(settings: Settings, world: World, dtype: torch.dtype) -> tuple[Tokenizer, Corpus]:
-    """The base's tokenizer and the corpus; a mistake in them or in the settings is found before any work."""
+def check_input(settings: Settings, world: World, dtype: torch.dtype) -> tuple[Tokenizer, dict[str, Corpus]]:
+    """The base's tokenizer and the corpora; a mistake in them or in the settings is found before any work."""
     settings.micro_batch(world.size)
     tokenizer = load_tokenizer(Path(settings.model))
     shapes = Llama.from_pretrained(settings.model, dtype, "meta")
@@ -292,8 +334,12 @@ def check_input(settings: Settings, world: World, dtype: torch.dtype) -> tuple[T
     if settings.seq_len > (longest := shapes.config.max_position_embeddings):
         reads = f"{settings.model} reads {longest} tokens at most (max_position_embeddings)"
         raise UserError(f"seq_len is {settings.seq_len}, but {reads}")
-    find_targets(shapes, settings.lora())
-    return tokenizer, Corpus.from_settings(settings)
+    lora.find_targets(shapes, settings.lora())
+    if settings.head_lr and shapes.config.tie_word_embeddings:
+        raise UserError("head_lr is given, but lm_head is embed_tokens here; give --embedding-lr alone")
+    if settings.attend == "document" and tokenizer.bos_id is None:
+        raise UserError(f"{tokenizer.name}: no token begins a document; --attend document takes one")
+    return tokenizer, open_corpora(settings)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def measure_shape(args: argparse.Namespace, shape: str) -> None:
     tokenizer, task = Tokenizer.from_pretrained(args.tokenizer), SIB200(args.data)
     examples = task.examples("eng_Latn")[: args.examples]
     few = min(few, len(examples))
-    encoded = encode_published(tokenizer, examples, task.labels)
+    encoded = encode_published(tokenizer, examples)
     read = sum(len(stem) + len(tokens) for (stem, _), (tokens, _), _ in trees(encoded, max_length=2048))
     predicted = sum(len(ids) for _, labels in encoded for ids in labels)
     ours = partial(loglikelihoods, model, encoded)
@@ -213,12 +213,12 @@ def measure_on_a_cpu(args: argparse.Namespace) -> None:
         reference = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     task = SIB200(args.data)
     examples = task.examples("eng_Latn")[: args.examples]
-    encoded = encode_published(tokenizer, examples, task.labels)
+    encoded = encode_published(tokenizer, examples)
     tokens = sum(len(context) for context, _ in encoded) / len(encoded)
 
     def ours() -> list[list[float]]:
         asked = task.examples("eng_Latn")[: args.examples]
-        return loglikelihoods(model, encode_published(tokenizer, asked, task.labels))
+        return loglikelihoods(model, encode_published(tokenizer, asked))
 
     def theirs(batch_size: int) -> list[list[float]]:
         rows = published.evaluate(

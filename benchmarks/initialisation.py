@@ -21,7 +21,9 @@ from mala.cli import run
 from mala.model import Llama
 from mala.scoring import nll_by_language
 from mala.storage.corpus import Corpus
-from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
+from mala.vocab import count_words, sample, train_pieces
+from mala.words.further_merges import continue_merges
+from mala.words.merges_and_scores import merge
 from mala.words.new_rows import INITS, extend_model
 from mala.words.tokenizer import Tokenizer
 from tools.tables import print_table

@@ -24,8 +24,10 @@ import transformers
 from mala.storage.corpus import Corpus
 from mala.storage.corpus_formats import read_documents
 from mala.storage.tokenizer_files import write_extended
-from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
+from mala.vocab import count_words, sample, train_pieces
 from mala.words.byte_level import JsonTokenizer, load_tokenizer
+from mala.words.further_merges import continue_merges
+from mala.words.merges_and_scores import merge
 from mala.words.tokenizer import Tokenizer
 from tools.fertility import unreachable
 from tools.tables import print_table

@@ -17,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mala.cli import run
 from mala.storage.corpus import Corpus
-from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
+from mala.vocab import count_words, sample, train_pieces
 from mala.words.byte_level import JsonTokenizer, load_tokenizer
+from mala.words.further_merges import continue_merges
+from mala.words.merges_and_scores import merge
 from mala.words.tokenizer import Tokenizer
 from tools.fertility import fertility_report
 from tools.run_log import peak_memory

@@ -42,6 +42,7 @@ def linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     implementation: str | None = None,
     share: float | None = None,
+    only: tuple[Tensor, slice | list[int]] | None = None,
 ) -> Tensor:
     """Mean negative log-likelihood, in nats per target, of `targets` under softmax(hidden @ weight.T).
 
@@ -51,6 +52,8 @@ def linear_cross_entropy(
     - implementation: `chunked` or `triton`; by default `triton` on CUDA, else `chunked`.
     - share: of a micro-batch in its step. The loss is multiplied by it, and dWeight is added to `weight.grad`
       here and now, which spares a second (V, D) and a pass over it. So call `backward()` on this loss alone.
+    - only: of a frozen weight the rows that train, a leaf (n, D) float32 with the same values, and where in
+      the weight they stand. It gets their gradient, and no more of dWeight is made.
 
     Returns a float32 scalar, 0 if every target is left out. Gradients come in the operands' dtypes. Autocast
     changes nothing. Raises ValueError for operands that do not fit and for a target outside [0, V); on CUDA
@@ -58,8 +61,9 @@ def linear_cross_entropy(
     """
     is_training = torch.is_grad_enabled()
     _check(hidden, weight, targets, ignore_index, is_training)
-    mode = (ignore_index, implementation or _best(hidden), is_training, share)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, *mode)
+    trained, index = only or (weight, None)
+    mode = (ignore_index, implementation or _best(hidden), is_training, share, index)
+    return _LinearCrossEntropy.apply(hidden, trained, weight.detach(), targets, *mode)
 
 
 @torch.no_grad()
@@ -120,10 +124,12 @@ def _forward_backward(
     d_hidden: Tensor | None = None,
     d_weight: Tensor | None = None,
     is_first: bool = True,
+    index: slice | list[int] | None = None,
 ) -> Tensor:
     """The losses of a chunk's rows, as `_chunks` yields it: (C,) float32, 0 if ignored. Their gradients times
-    `scale` are added to d_hidden (C, D) and d_weight (V, D), float32, if these are given; d_weight holds
-    nothing yet if `is_first`. The memory takes C rows of V or more logits, which become scale · (p - e)."""
+    `scale` are added to d_hidden (C, D) and d_weight (V, D), or (n, D) of the rows `index`, float32, if these
+    are given; d_weight holds nothing yet if `is_first`. The memory takes C rows of V or more logits, which
+    become scale · (p - e)."""
     hidden, weight, targets, memory = chunk
     C, V = len(hidden), len(weight)
     pieces = [slice(0, V)]
@@ -142,8 +148,10 @@ def _forward_backward(
     for some in pieces:
         if d_hidden is not None:
             cpu.add_product(d_hidden, logits[:, some], weight[some])  # (C, V) (V, D) -> (C, D)
-        if d_weight is not None:
+        if d_weight is not None and index is None:
             cpu.add_product(d_weight[some], logits[:, some].T, hidden, is_first)  # (V, C) (C, D) -> (V, D)
+    if d_weight is not None and index is not None:
+        cpu.add_product(d_weight, logits[:, index].T, hidden, is_first)  # (n, C) (C, D) -> (n, D)
     return losses
 
 
@@ -151,26 +159,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """`forward` forms the gradients along with the loss; `backward` scales them by the incoming gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, *mode: Any) -> Tensor:
-        ignore_index, implementation, is_training, share = mode
+    def forward(
+        ctx: Any, hidden: Tensor, trained: Tensor, weight: Tensor, targets: Tensor, *mode: Any
+    ) -> Tensor:
+        """trained: the weight, or its rows `index`, the last of `mode`."""
+        ignore_index, implementation, is_training, share, index = mode
         wants_hidden, wants_weight = (is_training and wanted for wanted in ctx.needs_input_grad[:2])
-        in_place = wants_weight and share is not None and weight.is_leaf and weight.dtype == torch.float32
+        in_place = wants_weight and share is not None and trained.is_leaf and trained.dtype == torch.float32
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
-        is_empty, d_weight = not in_place or weight.grad is None, None
+        is_empty, d_weight = not in_place or trained.grad is None, None
         if wants_weight:
-            d_weight = torch.empty_like(weight, dtype=torch.float32) if is_empty else weight.grad
+            d_weight = torch.empty_like(trained, dtype=torch.float32) if is_empty else trained.grad
         factor = (share or 1.0) / (targets != ignore_index).sum().clamp(min=1).float()
         scale = factor if wants_hidden or wants_weight else None
         for rows, *chunk in _chunks(implementation, hidden, weight.to(hidden.dtype), targets):
-            gradients = [d_hidden[rows] if wants_hidden else None, d_weight]
-            total += _forward_backward(implementation, chunk, ignore_index, scale, *gradients, is_empty).sum()
+            gradients = [d_hidden[rows] if wants_hidden else None, d_weight, is_empty, index]
+            total += _forward_backward(implementation, chunk, ignore_index, scale, *gradients).sum()
             is_empty = False
         if wants_weight and is_empty:  # no chunk came, so nothing is written to it yet
             d_weight.zero_()
         if in_place:
-            weight.grad, d_weight = d_weight, None
-        ctx.gradients, ctx.dtypes = [d_hidden, d_weight], (hidden.dtype, weight.dtype)
+            trained.grad, d_weight = d_weight, None
+        ctx.gradients, ctx.dtypes = [d_hidden, d_weight], (hidden.dtype, trained.dtype)
         return total * factor
 
     @staticmethod
@@ -179,4 +190,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the loss's gradient is taken a second time; call linear_cross_entropy again")
         pairs, ctx.gradients = zip(ctx.gradients, ctx.dtypes), None
         d_hidden, d_weight = (None if one is None else one.mul_(d_loss).to(dtype) for one, dtype in pairs)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, *[None] * 7

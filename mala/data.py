@@ -90,7 +90,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
     older = {part["file"]: part for parts in index.get("languages", {}).values() for part in parts}
     usable, languages = {}, {}
     if made_by.items() <= index.items():  # languages outside this corpus stay: another run may use them
-        usable = older
+        usable = {name: part for name, part in older.items() if "text_bytes" in part}  # once not counted
         languages = {name: parts for name, parts in index["languages"].items() if name not in corpus.files}
     missing = []
     for language in corpus.languages:
@@ -161,21 +161,24 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 def _write_tokens(job: TokenFile, root: Path, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Write a token file; returns its entry in the index, with how many documents and tokens it holds."""
-    tokenizer, lengths = tokenizer or _tokenizer, array("I")
+    tokenizer, lengths, text_bytes = tokenizer or _tokenizer, array("I"), 0
     with atomic_file(root / job.entry["file"], "wb") as file:
         for text in read_documents(job.source, job.reading):
             tokens = np.array(tokenizer.encode(text, bos=True), token_dtype(tokenizer))
             file.write(tokens.tobytes())
             lengths.append(len(tokens))
+            text_bytes += len(text.encode())
         file.write(np.array(lengths, "<u4").tobytes())
-        return {**job.entry, "documents": len(lengths), "tokens": sum(lengths), "bytes": file.tell()}
+        counts = {"documents": len(lengths), "tokens": sum(lengths), "text_bytes": text_bytes}
+        return {**job.entry, **counts, "bytes": file.tell()}
 
 
 class Stream:
-    """The tokens of a language's `documents` in a row, memory-mapped from one or more files."""
+    """The tokens of a language's `documents` in a row, memory-mapped from one or more files. It is drawn by
+    weight times size^alpha; its size is the number of documents, if none is given."""
 
-    def __init__(self, parts: list[np.ndarray], documents: int):
-        self.parts, self.documents = parts, documents
+    def __init__(self, parts: list[np.ndarray], documents: int, size: float = 0, weight: float = 1):
+        self.parts, self.documents, self.size, self.weight = parts, documents, size or documents, weight
         self.ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
@@ -200,20 +203,23 @@ def open_part(file: Path, dtype: str, documents: int, tokens: int, first: int) -
     return stream[: tokens - int(lengths[max(0, first) :].sum())]
 
 
-def open_streams(corpus: Corpus, root: Path) -> dict[str, Stream]:
-    """language -> its training tokens, left in `root` by `tokenise`. Raises UserError if there are none."""
+def open_streams(corpus: Corpus, root: Path, by_bytes: bool = False) -> dict[str, Stream]:
+    """language -> its training tokens, left in `root` by `tokenise`. by_bytes: their size is that of the
+    text, in UTF-8. Raises UserError if there are none."""
     index, streams = read_json(root / "index.json"), {}
     for language in corpus.languages:
         parts = [part for part in index["languages"].get(language, []) if part["tokens"]]
         total = sum(part["documents"] for part in parts)
         _, end = corpus.documents(language, "train").part(total)  # the held-out documents are the last
-        maps, left = [], end
+        maps, left, text_bytes = [], end, 0.0
         for part in parts:
             sizes = part["documents"], part["tokens"]
             maps.append(open_part(root / part["file"], index["dtype"], *sizes, left))
             left -= part["documents"]
+            # Of a file that is partly held out, in proportion to the tokens.
+            text_bytes += part.get("text_bytes", 0) * len(maps[-1]) / part["tokens"]
         if any(map(len, maps)):
-            streams[language] = Stream(maps, end)
+            streams[language] = Stream(maps, end, text_bytes if by_bytes else end)
     if not streams:
         raise UserError(f"{corpus.root}: held_out {corpus.held_out} leaves no document to train on; lower it")
     return streams
@@ -229,7 +235,8 @@ class Batches:
     ):
         self.languages, self.streams = list(streams), list(streams.values())
         self.seq_len, self.batch_size = seq_len, batch_size
-        shares = language_shares([stream.documents for stream in self.streams], alpha)
+        sizes, weights = zip(*((stream.size, stream.weight) for stream in self.streams))
+        shares = language_shares(sizes, alpha, weights)
         rng = np.random.default_rng([seed, 0])
         self.language_of_row = rng.choice(len(shares), (steps, batch_size), p=shares).astype(np.uint16)
         self.block_of_row = np.empty((steps, batch_size), dtype=np.uint32)

@@ -31,6 +31,8 @@ class LoRAConfig:
     - layers_to_transform: the only blocks where ends of names count; their numbers follow the first of
       `layers_pattern` (regular expressions) in a name. exclude_modules: layers named so get no LoRA.
     - rank_pattern, alpha_pattern: a regular expression for the end of layers' names -> their r or lora_alpha.
+    - trainable_token_indices: embed_tokens or lm_head -> the only rows of it that train. Of a matrix that is
+      both, embed_tokens alone is named.
     """
 
     r: int = 8
@@ -44,6 +46,7 @@ class LoRAConfig:
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] | str | None = None
+    trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.target_modules == ("all-linear",):  # as a command line gives it
@@ -114,8 +117,43 @@ class LoRALinear(nn.Linear):
         return linear
 
 
+class TrainedRows(nn.Module):
+    """Rows `ids` of a frozen matrix (V, D) that train: (n, D) float32, as are their gradients and moments.
+    PEFT calls them a delta, but they take the place of the rows."""
+
+    def __init__(self, weight: Tensor, ids: list[int]):
+        super().__init__()
+        first, last = ids[0], ids[-1] + 1
+        self.index = slice(first, last) if ids == list(range(first, last)) else ids  # of rows in a row a view
+        self.trainable_tokens_delta = nn.Parameter(weight.detach()[ids].to(torch.float32))
+        self.V = len(weight)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (B, T, D), looked up in the frozen matrix, with the trained rows for those of `tokens` (B, T)."""
+        n = len(self.trainable_tokens_delta)
+        number = torch.full((self.V,), -1, device=tokens.device)  # of each token's row, -1 if it is frozen
+        number[self.index] = torch.arange(n, device=tokens.device)
+        at = number[tokens]
+        rows = F.embedding(at.clamp(min=0), self.trainable_tokens_delta)
+        return torch.where((at >= 0)[..., None], rows.to(x.dtype), x)
+
+    @torch.no_grad()
+    def put_into(self, weight: Tensor) -> None:
+        weight.detach()[self.index] = self.trainable_tokens_delta.to(weight.dtype)
+
+
+def train_all(model: Llama) -> None:
+    """Train every weight, as EMMA-500 did (arXiv 2409.17892): float32, cast to the dtype that it had."""
+    model.computes_in = model.compute_dtype
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(weight.detach().to(torch.float32, copy=True)))
+    model.tie_weights()
+
+
 def add_lora(model: Llama, config: LoRAConfig) -> None:
-    """Freeze the model, replace every target by a LoRALinear, and train `modules_to_save` in float32."""
+    """Freeze the model, replace every target by a LoRALinear, and train in float32 `modules_to_save` whole,
+    or the rows of `trainable_token_indices`."""
     targets = find_targets(model, config)
     model.requires_grad_(False)
     for name in targets:
@@ -126,6 +164,10 @@ def add_lora(model: Llama, config: LoRAConfig) -> None:
     for module in saved_modules(model, config.modules_to_save).values():
         module.weight = nn.Parameter(module.weight.detach().to(torch.float32, copy=True))
     model.tie_weights()
+    for name, module in saved_modules(model, tuple(config.trainable_token_indices)).items():
+        module.token_adapter = TrainedRows(module.weight, config.trainable_token_indices[name.split(".")[-1]])
+    if config.trainable_token_indices and model.config.tie_word_embeddings:
+        model.lm_head.token_adapter = model.model["embed_tokens"].token_adapter
     model.lora_config = config
     model.lora_saved = config.modules_to_save  # the modules that an adapter of this model holds whole
 
@@ -148,6 +190,10 @@ def merge_lora(model: Llama) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             model.set_submodule(name, module.merged())
+    for module in (model.model["embed_tokens"], model.lm_head):
+        if rows := getattr(module, "token_adapter", None):
+            rows.put_into(module.weight)
+            module.token_adapter = None
     model.lora_config = None
 
 
@@ -163,6 +209,12 @@ def find_targets(model: Llama, config: LoRAConfig) -> list[str]:
     if model.config.tie_word_embeddings and len(config.modules_to_save) == 1:
         alone = f"modules_to_save names {config.modules_to_save[0]} alone"
         raise UserError(f"{alone}, but here embed_tokens and lm_head are one matrix; name both or neither")
+    for name, ids in config.trainable_token_indices.items():
+        if name == "lm_head" and model.config.tie_word_embeddings:
+            raise UserError("trainable_token_indices names lm_head, but here that is embed_tokens; name this")
+        if max(ids) >= model.config.vocab_size:
+            found = f"row {max(ids):,}, but {name} has {model.config.vocab_size:,}"
+            raise UserError(f"trainable_token_indices names {found}; the base is another than in training")
     modules = model.model.named_modules(prefix="model")
     linear = [name for name, module in modules if isinstance(module, nn.Linear)]
     known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
@@ -188,6 +240,11 @@ def saved_modules(model: Llama, names: tuple[str, ...]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if name.rpartition(".")[2] in names}
 
 
+def saved_module_of(parameter: str) -> str | None:
+    """Which of `embed_tokens` and `lm_head` a parameter of that name belongs to."""
+    return next((name for name in SAVEABLE if name in parameter.split(".")), None)
+
+
 def trainable_parameters(model: Llama) -> dict[str, nn.Parameter]:
     """Name -> parameter, for all that train; each is float32."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -203,6 +260,6 @@ def parameter_report(model: Llama) -> str:
 
 
 if __name__ == "__main__":
-    from mala.storage.peft_adapter import main
+    from tools.merge_command import main
 
     run(main)

@@ -93,6 +93,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def document_mask(tokens: Tensor, bos_id: int, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's scores (B, 1, T, T) if it stays in its document, which `bos_id` begins in
+    the packed `tokens` (B, T): 0 or -inf. Positions go on counting: rotary ones tell distances only."""
+    document = (tokens == bos_id).cumsum(1)  # (B, T), the number of each token's
+    is_seen = (document[:, None, :, None] == document[:, None, None, :]).tril()
+    return torch.zeros(is_seen.shape, dtype=dtype, device=tokens.device).masked_fill_(~is_seen, -torch.inf)
+
+
 class KVCache:
     """Keys and values of the tokens that a model has seen, for all layers: not to be made again."""
 
@@ -118,7 +126,8 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens: Tensor, into_grad: bool = False) -> Tensor:
         lookup = _Lookup.apply if into_grad and self.weight.requires_grad else F.embedding
-        return lookup(tokens, self.weight)
+        x, rows = lookup(tokens, self.weight), getattr(self, "token_adapter", None)
+        return x if rows is None else rows(x, tokens)  # if only some train: TrainedRows in mala/lora.py
 
 
 class _Lookup(torch.autograd.Function):
@@ -136,6 +145,14 @@ class _Lookup(torch.autograd.Function):
         else:
             ctx.weight.grad.index_add_(0, ctx.tokens.flatten(), gradient.flatten(0, -2))
         return None, None
+
+
+class Linear(nn.Linear):
+    """nn.Linear in the dtype of its input: a weight that trains is float32, and cast here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -159,10 +176,10 @@ class Attention(nn.Module):
         super().__init__()
         self.H, self.K = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, D, bias = config.head_dim, config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(D, self.H * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(D, self.K * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(D, self.K * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.H * self.head_dim, D, bias=bias)
+        self.q_proj = Linear(D, self.H * self.head_dim, bias=bias)
+        self.k_proj = Linear(D, self.K * self.head_dim, bias=bias)
+        self.v_proj = Linear(D, self.K * self.head_dim, bias=bias)
+        self.o_proj = Linear(self.H * self.head_dim, D, bias=bias)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: MaybeTensor = None, cached: MaybePair = None
@@ -189,9 +206,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, inner, bias=bias)
-        self.up_proj = nn.Linear(D, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, D, bias=bias)
+        self.gate_proj = Linear(D, inner, bias=bias)
+        self.up_proj = Linear(D, inner, bias=bias)
+        self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -221,6 +238,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.recomputed_blocks = 0  # of the first so many the backward pass has the inputs, no more
+        self.computes_in: torch.dtype | None = None  # if all weights train, which are float32 then
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = Embedding(config.vocab_size, config.hidden_size)
         self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -230,8 +248,8 @@ class Llama(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """That of the frozen weights, in which a block computes."""
-        return self.model["layers"][0].mlp.down_proj.weight.dtype
+        """In which a block computes: that of the frozen weights, if there are any."""
+        return self.computes_in or self.model["layers"][0].mlp.down_proj.weight.dtype
 
     def tie_weights(self) -> None:
         """One matrix for the embeddings and the head, if the config says so."""
@@ -256,7 +274,7 @@ class Llama(nn.Module):
     ) -> Tensor:
         """tokens (B, T) int64 -> (B, T, D), what `lm_head` reads. By default token t comes after tokens 0 ..
         t - 1, and after the S in the cache. Another order is told by `positions` (B, T) and `mask` (B, 1, T,
-        S+T) bool, true if a token (row) sees another (column)."""
+        S+T), true if a token (row) sees another (column), or what is added to its score."""
         T, S, device = tokens.shape[1], cache.length if cache is not None else 0, tokens.device
         x = self.model["embed_tokens"](tokens, into_grad).to(self.compute_dtype)  # (B, T, D)
         if mask is None and S and T > 1:
@@ -294,12 +312,16 @@ class Llama(nn.Module):
         training as train.py does it. order: cache, positions and mask, for `hidden_states`.
         """
         x = self.hidden_states(tokens, into_grad=share is not None, **order)  # (B, T, D)
+        rows = getattr(self.lm_head, "token_adapter", None)
+        if rows is not None:
+            rows.put_into(self.lm_head.weight)
         if targets is None:
             return F.linear(x, self.lm_head.weight.to(x.dtype))
         x = x.flatten(0, 1)  # (B, T, D) -> (B·T, D)
         if places is not None:
             return token_nll(x[places], self.lm_head.weight, targets)
-        return linear_cross_entropy(x, self.lm_head.weight, targets.flatten(), share=share)
+        only = None if rows is None else (rows.trainable_tokens_delta, rows.index)
+        return linear_cross_entropy(x, self.lm_head.weight, targets.flatten(), share=share, only=only)
 
     @classmethod
     def from_pretrained(

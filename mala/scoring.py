@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mala.benchmarks.measurement import Measurement
 from mala.benchmarks.results import Prediction, best_label, summarise, with_macro
 from mala.benchmarks.tasks import Example
 from mala.cli import UserError
@@ -211,18 +210,20 @@ def loglikelihoods(
     return [[-next(nll) for _ in labels] for _, labels in encoded]
 
 
-def encode_published(tokenizer: Tokenizer, examples: list[Example], labels: list[str]) -> Encoded:
-    """As published: no `<s>`, and the context and each label encoded apart."""
-    continuations = [tokenizer.encode(f" {label}") for label in labels]
+def encode_published(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
+    """As published: no `<s>`, and the context and each choice encoded apart."""
+    choices = {choice for example in examples for choice in example.choices}
+    ids = {choice: tokenizer.encode(f" {choice}") for choice in choices}
     contexts = tokenizer.encode_batch([example.context for example in examples])
-    return [(context, continuations) for context in contexts]
+    return [(context, [ids[choice] for choice in one.choices]) for context, one in zip(contexts, examples)]
 
 
-def encode_natural(tokenizer: Tokenizer, examples: list[Example], labels: list[str]) -> Encoded:
-    """As in training: after `<s>`, context and label encoded as one. What all labels share is the context."""
+def encode_natural(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
+    """As in training: after `<s>`, context and choice encoded as one. What all of them share is the context,
+    but for white space at its end, which belongs to the choices."""
     encoded = []
     for example in examples:
-        texts = [example.context, *(f"{example.context} {label}" for label in labels)]
+        texts = [example.context.rstrip(), *(f"{example.context} {choice}" for choice in example.choices)]
         context, *answered = tokenizer.encode_batch(texts, bos=True)
         shared = len(os.path.commonprefix([context, *answered]))  # it takes lists, too
         encoded.append((context[:shared], [ids[shared:] for ids in answered]))
@@ -232,30 +233,42 @@ def encode_natural(tokenizer: Tokenizer, examples: list[Example], labels: list[s
 PROTOCOLS = {"published": encode_published, "natural": encode_natural}
 
 
-def predict_documents(model: Llama, tokenizer: Tokenizer, one: Measurement, **how: Any) -> list[Prediction]:
+def predict_documents(
+    model: Llama, tokenizer: Tokenizer, language: str, texts: list[str], **how: Any
+) -> list[Prediction]:
     """One prediction a document. how: for `documents_nll`. Raises UserError if a figure is no number."""
-    nll, tokens = documents_nll(model, tokenizer, one.texts, **how)
+    nll, tokens = documents_nll(model, tokenizer, texts, **how)
     if not any(tokens):
-        raise UserError(f"{one.language}: {tokenizer.name} makes no tokens of its text; leave it out")
-    _check_finite(one.language, nll)
+        raise UserError(f"{language}: {tokenizer.name} makes no tokens of its text; leave it out")
+    _check_finite(language, nll)
     return [
-        {"lang": one.language, "id": number, "nll": nats, "tokens": count, "bytes": len(text.encode())}
-        for number, (text, nats, count) in enumerate(zip(one.texts, nll, tokens))
+        {"lang": language, "id": number, "nll": nats, "tokens": count, "bytes": len(text.encode())}
+        for number, (text, nats, count) in enumerate(zip(texts, nll, tokens))
     ]
 
 
 def predict_labels(
-    model: Llama, tokenizer: Tokenizer, one: Measurement, labels: list[str], protocol: str, **how: Any
+    model: Llama,
+    tokenizer: Tokenizer,
+    language: str,
+    examples: list[Example],
+    seed: int,
+    encode: Callable[[Tokenizer, list[Example]], Encoded],
+    **how: Any,
 ) -> list[Prediction]:
-    """One prediction an example. how: for `loglikelihoods`. Raises UserError if a figure is no number."""
-    encoded = PROTOCOLS[protocol](tokenizer, one.texts, labels)
-    max_length = MAX_LENGTH if protocol == "published" else model.config.max_position_embeddings
+    """One prediction an example. seed: of their shots. encode: of PROTOCOLS, or like them. how: for
+    `loglikelihoods`. Raises UserError if a figure is no number."""
+    encoded = encode(tokenizer, examples)
+    max_length = MAX_LENGTH if encode is encode_published else model.config.max_position_embeddings
     scored = loglikelihoods(model, encoded, max_length, **how)
-    _check_finite(one.language, [sum(scores) for scores in scored])
+    _check_finite(language, [sum(scores) for scores in scored])
     predictions = []
-    for example, scores in zip(one.texts, scored):
-        question = {"lang": one.language, "id": example.id, "seed": one.seed, "shots": example.shots}
-        answer = {"loglikelihoods": dict(zip(labels, scores))}
+    for example, (_, continuations), scores in zip(examples, encoded, scored):
+        question = {"lang": language, "id": example.id, "seed": seed, "shots": example.shots}
+        # Choices of the same tokens are equal, however their rows of a matrix product were rounded.
+        tokens = list(map(tuple, continuations))
+        score_of = dict(zip(tokens, scores))
+        answer = {"loglikelihoods": dict(zip(example.choices, map(score_of.get, tokens)))}
         predictions.append({**question, "label": example.label, "prediction": best_label(answer), **answer})
     return predictions
 
@@ -273,6 +286,5 @@ def nll_by_language(
     """language -> documents to the figures of every language and their macro-average."""
     figures = {}
     for language, texts in tqdm(documents.items(), title, unit="language", leave=False, disable=world.no_bar):
-        one = Measurement(language, texts)
-        figures[language] = summarise(predict_documents(model, tokenizer, one, world=world))
+        figures[language] = summarise(predict_documents(model, tokenizer, language, texts, world=world))
     return with_macro(figures)

@@ -15,8 +15,8 @@ from test_train import SHORT, call
 
 from mala.cross_entropy import linear_cross_entropy, token_nll
 from mala.generate import generate
-from mala.lora import LoRAConfig, add_lora, trainable_parameters
-from mala.model import Llama
+from mala.lora import LoRAConfig, add_lora, train_all, trainable_parameters
+from mala.model import Llama, document_mask
 from mala.scoring import documents_nll, loglikelihoods
 from mala.words.tokenizer import Tokenizer
 from tools.known_models import init_weights
@@ -57,7 +57,16 @@ def test_the_loss_and_its_gradients(n, v, dtype):
     assert nll.sum().item() == pytest.approx(exact.item() * (targets != -100).sum().item(), rel=0.02)
 
 
-def step_of(dtype: torch.dtype, device: str, is_compiled: bool, recomputed: int, **sizes):
+def choose(model: Llama, what: str) -> None:
+    """What trains: "lora" with embeddings and head, "rows" of these, or "all" weights."""
+    if what == "all":
+        return train_all(model)
+    rows = list(range(model.config.vocab_size * 7 // 10, model.config.vocab_size))
+    rows = {"modules_to_save": (), "trainable_token_indices": {"embed_tokens": rows, "lm_head": rows}}
+    add_lora(model, LoRAConfig(lora_dropout=0.0, **(rows if what == "rows" else {})))
+
+
+def step_of(dtype: torch.dtype, device: str, is_compiled: bool, recomputed: int, what="lora", **sizes):
     """The loss of two micro-batches of a training step, and all gradients."""
     model = Llama(
         tiny_config(vocab_size=1001, hidden_size=64, intermediate_size=176, num_hidden_layers=3, **sizes)
@@ -65,7 +74,7 @@ def step_of(dtype: torch.dtype, device: str, is_compiled: bool, recomputed: int,
     init_weights(model, 0)
     model.to(dtype)
     torch.manual_seed(0)
-    add_lora(model, LoRAConfig(lora_dropout=0.0))
+    choose(model, what)
     for name, parameter in trainable_parameters(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -78,7 +87,9 @@ def step_of(dtype: torch.dtype, device: str, is_compiled: bool, recomputed: int,
     tokens = torch.randint(1001, (4, 33), generator=torch.Generator().manual_seed(1)).to(device)
     total = 0
     for rows in (slice(0, 2), slice(2, 4)):
-        loss = model(tokens[rows, :-1], targets=tokens[rows, 1:], share=0.5)
+        x, y = tokens[rows, :-1], tokens[rows, 1:]
+        mask = document_mask(x, int(x[0, 9]), model.compute_dtype) if what == "all" else None
+        loss = model(x, targets=y, share=0.5, mask=mask)
         loss.backward()
         total += loss.item()
     return total, [parameter.grad.cpu() for parameter in trainable_parameters(model).values()]
@@ -86,25 +97,28 @@ def step_of(dtype: torch.dtype, device: str, is_compiled: bool, recomputed: int,
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("recomputed", [0, 1, 3])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_a_step_has_the_loss_and_gradients_of_a_cpus(kv_heads, recomputed, is_compiled):
-    expected, wanted = step_of(torch.float32, "cpu", False, 0, num_key_value_heads=kv_heads)
+@pytest.mark.parametrize("what, kv_heads", [("lora", 4), ("lora", 2), ("rows", 2), ("all", 2)])
+def test_a_step_has_the_loss_and_gradients_of_a_cpus(what, kv_heads, recomputed, is_compiled):
+    sizes = {"what": what, "num_key_value_heads": kv_heads}
+    expected, wanted = step_of(torch.float32, "cpu", False, 0, **sizes)
     for dtype, loss_error, error in ((torch.float32, 1e-5, 1e-3), (torch.bfloat16, 1e-3, 0.05)):
-        loss, gradients = step_of(dtype, DEVICE, is_compiled, recomputed, num_key_value_heads=kv_heads)
+        loss, gradients = step_of(dtype, DEVICE, is_compiled, recomputed, **sizes)
         assert loss == pytest.approx(expected, rel=loss_error)
         for a, b in zip(gradients, wanted):
             assert (a - b).norm() <= error * b.norm()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="tests/test_memory_plan.py counts on a CPU")
-@pytest.mark.parametrize("recomputed", [0, 2, 4])
+@pytest.mark.parametrize(
+    "recomputed, what", [(0, "lora"), (2, "lora"), (4, "lora"), (0, "rows"), (0, "all"), (4, "all")]
+)
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_a_step_takes_the_planned_memory(is_compiled, recomputed):
+def test_a_step_takes_the_planned_memory(is_compiled, recomputed, what):
     config = tiny_config(vocab_size=50_000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4,
                          num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=2048)  # fmt: skip
     with torch.device(DEVICE):
         model = Llama(config).to(torch.bfloat16)
-    add_lora(model, LoRAConfig())
+    choose(model, what)
     model.recomputed_blocks = recomputed
     torch._dynamo.reset()
     for block in model.model["layers"]:
@@ -173,6 +187,19 @@ def test_runs_of_all_settings_and_a_resumed_one_have_the_losses_of_a_cpu(tmp_pat
         "compiled": ["--device", DEVICE, "--compile", "on", "--micro-batch-size", "2"],
         "recomputed": ["--device", DEVICE, "--compile", "on", "--gradient-checkpointing", "on"],
         "8bit": ["--device", DEVICE, "--compile", "on", "--moments", "8bit"],
+        "all": [
+            "--device",
+            DEVICE,
+            "--train",
+            "all",
+            "--attend",
+            "document",
+            "--eval-every",
+            "3",
+            "--samples",
+            "swh_Latn",
+        ],
+        "new": ["--device", DEVICE, "--train-rows", "new", "--eval-every", "3", "--samples", "swh_Latn"],
     }
     for name, more in runs.items():
         done = call("train.py", *short, *more, "--out", tmp_path / name)
@@ -181,7 +208,10 @@ def test_runs_of_all_settings_and_a_resumed_one_have_the_losses_of_a_cpu(tmp_pat
     done = call("train.py", *short, *runs["compiled"], "--resume", step_3, "--out", tmp_path / "resumed")
     assert done.returncode == 0, done.stderr
     expected = losses(tmp_path / "cpu")
-    for name in [*runs, "resumed"]:
+    for name in ("all", "new"):  # these learn something else
+        done = call("train.py", *short, *runs[name], "--device", "cpu", "--out", tmp_path / f"{name}-cpu")
+        assert (losses(tmp_path / name) - losses(tmp_path / f"{name}-cpu")).abs().max() < 2e-3, name
+    for name in [*runs.keys() - {"all", "new"}, "resumed"]:
         assert (losses(tmp_path / name) - expected[-len(losses(tmp_path / name)) :]).abs().max() < 2e-3, name
     assert len(losses(tmp_path / "resumed")) == 3
     for bench in ("nll", "sib200"):

@@ -19,7 +19,6 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 import mala.data
 import train
-from mala import vocab
 from mala.cli import UserError
 from mala.data import file_digests, open_streams, tokenise
 from mala.model import Llama
@@ -30,6 +29,7 @@ from mala.words.byte_level import ALPHABET, MAX_BYTES, JsonTokenizer, Pairs, loa
 from mala.words.further_merges import continue_merges, learn
 from mala.words.merges_and_scores import merge
 from mala.words.tokenizer import Tokenizer
+from tools import vocab_commands
 from tools.fertility import fertility_report, measure, unreachable
 from tools.known_models import init_weights
 
@@ -248,7 +248,7 @@ def test_llama_3_extended_gives_transformers_ids(tmp_path, capsys):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*argv, "--documents", "3000", "--out", str(tmp_path / "out")])
-        vocab.main()
+        vocab_commands.main()
     assert "128,256 pieces -> 129,256" in capsys.readouterr().out
     base, extended = load_tokenizer(SHARED / "llama3"), load_tokenizer(tmp_path / "out")
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -307,7 +307,7 @@ def test_a_base_that_cannot_be_extended(make, expected, tmp_path, monkeypatch):
         str(ROOT / "assets/demo/sib200"),
     ]
     train_argv = ["train.py", "--model", str(tmp_path / "base"), "--extend-vocab", "9", "--seq-len", "64"]
-    for main, argv in [(vocab.main, [*merge_argv, "--size", "9"]), (train.main, train_argv)]:
+    for main, argv in [(vocab_commands.main, [*merge_argv, "--size", "9"]), (train.main, train_argv)]:
         monkeypatch.setattr(sys, "argv", [*argv, "--out", str(tmp_path / "out")])
         with pytest.raises(UserError, match=rf"tokenizer\.json: .*{expected}"):
             main()
@@ -331,7 +331,7 @@ def test_other_mistakes(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"added_tokens\.json: '<\|more\|>' is token 602, but the model has only 602"
     ):
-        vocab.main()
+        vocab_commands.main()
     assert not (tmp_path / "out").exists()
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
@@ -416,7 +416,7 @@ def test_rows_start_from_the_bases_tokens(kind, tmp_path):
             patch.setattr(sys, "argv", ["vocab", "extend", "--model", str(model), "--tokenizer",
                                         str(tmp_path / "merged"), "--init", init, "--device", "cpu", *data,
                                         "--out", str(tmp_path / init)])  # fmt: skip
-            vocab.main()
+            vocab_commands.main()
         new = Llama.from_pretrained(tmp_path / init)
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             rows, before = new.get_parameter(name), old.get_parameter(name)

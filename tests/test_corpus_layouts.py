@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
-import mala.vocab
 from mala.benchmarks.tasks import SIB200
 from mala.cli import UserError
 from mala.data import file_digests, open_streams, tokenise
@@ -21,6 +20,7 @@ from mala.running.prepare import IDENTITY
 from mala.storage.corpus import Corpus
 from mala.storage.corpus_formats import Reading, read_documents, say_once
 from mala.words.tokenizer import Tokenizer
+from tools import vocab_commands
 
 TEXTS = [f'a "text" {i}, ጤና\u2028\ttab\nnewline' for i in range(10)]
 HEADER = "index_id\tcategory\ttext\n"
@@ -379,7 +379,7 @@ def test_taxi1500_stays_raw(tmp_path):
 
 def test_the_commands_take_how_a_corpus_is_read(tmp_path):
     write_jsonl(tmp_path / "swh_Latn.jsonl", TEXTS, "body")
-    learning = mala.vocab.Train(data=tmp_path, size=100, out="x", text_field="body")
+    learning = vocab_commands.Train(data=tmp_path, size=100, out="x", text_field="body")
     assert Corpus.from_settings(learning).load("train")["swh_Latn"] == TEXTS[:8]
     measuring = evaluate.Settings(text_field="body", skip_bad_lines=True)
     assert Corpus.from_settings(measuring, tmp_path).load("test")["swh_Latn"] == TEXTS

@@ -80,6 +80,28 @@ def test_a_checkpoint_of_one_number_of_processes_goes_on_with_another(runs, of, 
         assert (found[name] - tensor).abs().max() < 1e-3 and found[name].shape == tensor.shape
 
 
+@pytest.mark.parametrize("what", [("--train", "all", "--attend", "document"), ("--train-rows", "new")])
+def test_two_processes_train_all_weights_or_new_rows_as_one(what, tmp_path):
+    """And measure, continue a text and save after the same step, with more micro-batches to come."""
+    more = ["--steps", 6, "--eval-every", 3, "--samples", "swh_Latn", "--save-every", 3, *what]
+    for processes in (1, 2):
+        succeed(tmp_path / str(processes), processes, *more)
+    assert (losses(tmp_path / "1") - losses(tmp_path / "2")).abs().max() < 1e-5
+    files = [tmp_path / name / "checkpoints/step-6" for name in "12"]
+    one, two = (load_file(next(file.glob("*model.safetensors"))) for file in files)
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in "12"]
+    texts = [json.loads(of_run[2])["samples"]["swh_Latn"] for of_run in lines]
+    assert texts[0] == texts[1]
+
+    shutil.rmtree(files[1])  # what two processes saved goes on with one
+    for result in ("model", "adapter"):
+        shutil.rmtree(tmp_path / "2" / result, ignore_errors=True)
+    succeed(tmp_path / "2", 1, *more)
+    again = load_file(next(files[1].glob("*model.safetensors")))
+    assert all(torch.allclose(one[name], again[name], atol=1e-4) for name in one)
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_sharded_model_computes_what_the_whole_one_does(processes, tmp_path):
     done = subprocess.run([*TORCHRUN, str(processes), ROOT / "tests/sharded.py", tmp_path], capture_output=True, text=True,

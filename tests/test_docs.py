@@ -10,9 +10,8 @@ from conftest import ROOT
 
 import evaluate
 import train
-from mala import cli, generate, vocab
-from mala.storage import peft_adapter
-from tools import get_benchmark, make_tiny_llama
+from mala import cli
+from tools import generate_command, get_benchmark, make_tiny_llama, merge_command, vocab_commands
 
 DOCUMENTS = {
     str(file.relative_to(ROOT)): file for file in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -67,11 +66,12 @@ def test_every_command_is_understood(document, command, monkeypatch):
         return
     module = words[words.index("-m") + 1]
     argv = words[words.index("-m") + 2 :]
-    plain = {"mala.generate": generate, "tools.make_tiny_llama": make_tiny_llama}
+    plain = {"mala.generate": generate_command, "tools.make_tiny_llama": make_tiny_llama}
     if module in plain:
         cli.parse(plain[module].Settings, "", argv)
         return
-    commands = {"mala.vocab": vocab, "mala.lora": peft_adapter, "tools.get_benchmark": get_benchmark}
+    commands = {"mala.vocab": vocab_commands, "mala.lora": merge_command}
+    commands["tools.get_benchmark"] = get_benchmark
     cli.parse_command(module, commands[module].COMMANDS, argv)
 
 

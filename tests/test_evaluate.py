@@ -22,8 +22,9 @@ from test_train import succeed
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import evaluate
-from mala.benchmarks import measurement
+from mala.benchmarks.tasks import TASKS
 from mala.model import Llama
+from tools import measurement
 from tools.known_models import init_weights
 
 TINY = ROOT / "assets/tiny-llama"
@@ -172,7 +173,7 @@ def test_equals_the_published_procedure(models, name, bench, tmp_path):
 
 def test_every_shot_list_is_the_published_one(tmp_path):
     for data in [SAMPLE] + [SHARED] * SHARED.exists():
-        for bench, task in evaluate.TASKS.items():
+        for bench, task in TASKS.items():
             for shots, seed in ((3, 1234), (1, 7), (5, 0), (0, 1)):
                 examples = task(data / bench).examples(
                     "swh_Latn" if data == SAMPLE else "eng_Latn", shots=shots, seed=seed
@@ -384,7 +385,7 @@ def test_seeds_protocols_and_comparison(tmp_path):
         for seed in (1, 2)
     ]
     assert ids[0] == ids[1] and len(ids[0]) == 6
-    whole = evaluate.TASKS["sib200"](SAMPLE / "sib200").examples("swh_Latn", seed=2)
+    whole = TASKS["sib200"](SAMPLE / "sib200").examples("swh_Latn", seed=2)
     assert [line["id"] for line in lines if (line["lang"], line["seed"]) == ("swh_Latn", 2)] == [
         example.id for example in whole if example.id in ids[0]
     ]
@@ -496,7 +497,7 @@ def test_quotes_tabs_marks_and_line_ends_are_text_or_nothing(tmp_path):
     }.items():
         (tmp_path / name).mkdir()
         write_task(tmp_path / name, "sib200", train=written, test=written)
-        task = evaluate.TASKS["sib200"](tmp_path / name)
+        task = TASKS["sib200"](tmp_path / name)
         assert [row.text for row in task.rows("swh_Latn", "test")] == [
             'He said: "go',
             "a\tb",

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from mala.cli import UserError
 from mala.storage.corpus import Corpus
 from mala.storage.files import write_json
-from mala.vocab import count_words, merge, sample, train_pieces
+from mala.vocab import count_words, sample, train_pieces
+from mala.words.merges_and_scores import merge
 from mala.words.tokenizer import Tokenizer, append_pieces
 from tools.fertility import fertility_report, measure, print_report, unreachable
 from tools.pictures import draw_fertility

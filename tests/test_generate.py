@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mala.cli import UserError
-from mala.generate import draw, generate, main, stream
+from mala.generate import draw, generate, stream
 from mala.model import Llama
 from mala.storage.config_json import to_config_json
 from mala.words.tokenizer import Tokenizer
+from tools.generate_command import main
 from tools.known_models import init_weights
 
 TINY = ROOT / "assets/tiny-llama"

@@ -1,20 +1,40 @@
-"""tools.get_benchmark build-taxi1500, tools.bible: labels joined to Bible editions by verse id."""
+"""tools.get_benchmark build-taxi1500, tools.bible: labels joined to Bible editions by verse id; and, from a
+server here, the further benchmarks."""
 
+import functools
 import gzip
+import hashlib
+import io
+import json
 import re
 import sys
+import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
 from conftest import SHARED, needs_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_fetch import entry
+from test_fetch import server as server  # a fixture
+from test_tasks import BIBLES, FILES, ROWS, SENTENCES, write_rows
 
 from mala.benchmarks.tasks import Taxi1500
 from mala.cli import UserError, run
+from tools import get_benchmark
 from tools.bible import SCRIPTS, SPLITS, language_of, read_edition
-from tools.get_benchmark import build_taxi1500, main, read_labels
+from tools.get_benchmark import (
+    SOURCES,
+    build_taxi1500,
+    download_flores,
+    download_pbc,
+    download_published,
+    main,
+    read_labels,
+)
+from tools.more_tasks import ALL_TASKS
 
 NAMES = Taxi1500.labels
 ENGLISH = {
@@ -327,3 +347,94 @@ def test_command_line(tmp_path, labels, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", wrong.split())
         with pytest.raises(SystemExit, match=f"^error: .*{re.escape(message)}"):
             run(main)
+
+
+def serve(server, bench, tmp_path):
+    """Put the Swahili rows of tests/test_tasks.py on the server, where the benchmark's own lie."""
+    owner, folder = SOURCES[bench]
+    path = folder + FILES[bench].removeprefix("data/")
+    write_rows(tmp_path / "published", bench, file=path)
+    data = (tmp_path / "published" / path).read_bytes()
+    if bench == "xcopa":
+        server.files["/raw/file"] = data
+        listing = [{"type": "file", "path": path, "size": len(data), "sha": entry(path, data)["oid"],
+                    "download_url": f"{server.url}/raw/file"}]  # fmt: skip
+        for theirs in ALL_TASKS[bench].names.values():
+            here = listing if theirs == "sw" else []
+            server.files[f"/repos/{owner}/contents/{folder}{theirs}"] = json.dumps(here).encode()
+    else:
+        beside = [entry("README.md", b""), entry(f"{folder}xyz.tsv", b"x")]
+        server.files[f"/datasets/{owner}/resolve/main/{path}"] = data
+        address = f"/api/datasets/{owner}/tree/main/{folder.strip('/')}?recursive=true"
+        server.files[address] = json.dumps([*beside, entry(path, data)]).encode()
+    return data
+
+
+@pytest.mark.parametrize("bench", SOURCES)
+def test_further_benchmarks(bench, server, tmp_path, monkeypatch, capsys):
+    data = serve(server, bench, tmp_path)
+    here = functools.partial(download_published, hub=server.url, github=server.url)
+    monkeypatch.setattr(get_benchmark, "download_published", here)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["get_benchmark", bench])
+    run(main)
+    *left_out, wrote, evaluate = capsys.readouterr().out.splitlines()
+    assert wrote == f"data/{bench}: wrote 1 languages: swh_Latn"
+    assert evaluate == f"evaluate: python evaluate.py --bench {bench}"
+    # All the languages that are not on this server:
+    assert len(left_out) == max(0, len(ALL_TASKS[bench].names) - 1)
+    task = ALL_TASKS[bench](tmp_path / "data" / bench)
+    assert task.languages() == ["swh_Latn"] and len(task.rows("swh_Latn", "test")) == len(ROWS[bench])
+    assert task.path("swh_Latn", "test").read_bytes() == data
+    with pytest.raises(UserError, match="there is no language 'xyz_Latn'"):
+        here(bench, tmp_path / "else", ["xyz_Latn"])
+    assert not (tmp_path / "else").exists()
+
+
+def test_flores(server, tmp_path, monkeypatch):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for language, texts in SENTENCES.items():
+            for split in ("dev", "devtest"):
+                for name in (f"./flores200_dataset/{split}/{language}.{split}", f"./../{language}.{split}"):
+                    data = "".join(f"{text}\n" for text in texts).encode()
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    body = packed.getvalue()
+    server.files["/nllb/flores200_dataset.tar.gz"] = body
+    monkeypatch.setattr(get_benchmark, "FLORES_FILE", (len(body), hashlib.sha256(body).hexdigest()))
+    download = functools.partial(download_flores, url=server.url + "/nllb/flores200_dataset.tar.gz")
+    assert download(tmp_path / "all") == (sorted(SENTENCES), {})
+    text = (tmp_path / "all/flores200_dataset/devtest/swh_Latn.devtest").read_text()
+    assert text.splitlines() == SENTENCES["swh_Latn"]
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 6  # nothing beside them
+    assert download(tmp_path / "one", ["amh_Ethi"]) == (["amh_Ethi"], {})
+    names = sorted(path.name for path in (tmp_path / "one").rglob("*Ethi.dev*"))
+    assert names == ["amh_Ethi.dev", "amh_Ethi.devtest"]
+    with pytest.raises(UserError, match="there is no language 'xyz_Latn'; it holds amh_Ethi"):
+        download(tmp_path / "none", ["xyz_Latn"])
+    monkeypatch.setattr(get_benchmark, "FLORES_FILE", (len(body), "0" * 64))
+    with pytest.raises(UserError, match="has the checksum .*; it is deleted"):
+        download(tmp_path / "other")
+
+
+def test_bibles_that_are_free(server, tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, verses in BIBLES.items():
+            lines = "".join(f"{id}\t{text}\n" for id, text in verses.items())
+            archive.writestr(f"corpus/{name}.txt", "# year: 1900\n" + lines)
+        archive.writestr("corpus/bad.txt", "no verse\n")
+    server.files["/Bibles.zip"] = packed.getvalue()
+    download = functools.partial(download_pbc, corpus=server.url + "/Bibles.zip")
+    written, left_out = download(tmp_path / "all")
+    assert written == ["amh_Ethi", "eng_Latn", "swh_Latn"] and list(left_out) == ["bad.txt"]
+    names = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert names == sorted(f"{name}.txt" for name in BIBLES)
+    text = (tmp_path / "all/swh-x-bible-old.txt").read_text()
+    assert text.rstrip("\n") == "# year: 1900\n40001001\tKitabu\n40001002\tIbrahimu"
+    assert download(tmp_path / "one", ["amh_Ethi"]) == (["amh_Ethi"], {})
+    server.files["/Bibles.zip"] = b"<html>"
+    with pytest.raises(UserError, match=r"\.Bibles\.zip: damaged \(.*\) and deleted; give the command again"):
+        download(tmp_path / "none")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from mala.cli import UserError
 from mala.lora import LoRAConfig, add_lora, merge_lora, parameter_report, trainable_parameters
 from mala.model import Llama, LlamaConfig
-from mala.storage.peft_adapter import load_adapter, main, merge_checkpoint, save_adapter
+from mala.storage.peft_adapter import load_adapter, merge_checkpoint, save_adapter
 from tools.known_models import init_weights
+from tools.merge_command import main
 
 MALA = LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.0)
 

@@ -12,9 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from mala.lora import LoRAConfig, add_lora, trainable_parameters
+from mala.lora import LoRAConfig, add_lora, train_all, trainable_parameters
 from mala.loss import cpu
-from mala.model import Llama, LlamaConfig
+from mala.model import Llama, LlamaConfig, document_mask
 from mala.running.distributed import World
 from mala.running.settings import Settings
 from tools.adamw8bit import AdamW8bit
@@ -25,9 +25,13 @@ from tools.memory_plan import Step, block_activations, memory_plan, recomputed_b
 
 
 def planned(config: LlamaConfig, dtype=torch.float32, recomputed=0, device="meta", **lora) -> Llama:
+    """lora: of a LoRAConfig; `train_all=True`: all weights train."""
     with torch.device(device):
         model = Llama(config).to(dtype)
-    add_lora(model, LoRAConfig(**lora))
+    if lora.pop("train_all", False):
+        train_all(model)
+    else:
+        add_lora(model, LoRAConfig(**lora))
     model.recomputed_blocks = recomputed
     return model.train()
 
@@ -49,7 +53,7 @@ def kept_bytes(model: Llama, batch: int, seq_len: int) -> int:
 
     angles = torch.zeros(seq_len, config.head_dim // 2)
     x = torch.randn(batch, seq_len, config.hidden_size, dtype=model.lm_head.weight.dtype).requires_grad_()
-    x = x.to(model.model["layers"][0].mlp.down_proj.weight.dtype)
+    x = x.to(model.compute_dtype)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model.model["layers"][0](x, angles, angles, None)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -76,13 +80,23 @@ def test_activations_of_a_block_are_what_autograd_keeps(dtype, heads, dropout, t
         assert per_token <= found <= 1.25 * per_token
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_of_a_block_that_trains_whole(dtype):
+    config = tiny_config(hidden_size=64, intermediate_size=176, head_dim=16)
+    model = planned(config, dtype, device="cpu", train_all=True)
+    per_token = (kept_bytes(model, 3, 32) - kept_bytes(model, 1, 32)) / (2 * 32)
+    _, found = block_activations(model, 0, Step(32, 1, False))
+    assert found == per_token
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear", None])
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_activations_of_a_compiled_block_are_what_the_compiler_keeps(kv_heads, dropout, targets):
     """What is kept is decided when the graph is cut into forward and backward, before code is made of it."""
     config = tiny_config(hidden_size=64, intermediate_size=176, num_key_value_heads=kv_heads)
-    model = planned(config, torch.bfloat16, device="cpu", lora_dropout=dropout, target_modules=targets)
+    lora = {"lora_dropout": dropout, "target_modules": targets} if targets else {"train_all": True}
+    model = planned(config, torch.bfloat16, device="cpu", **lora)
     torch._dynamo.reset()  # it compiles a function at most 8 times
     model.model["layers"][0].compile(backend="aot_eager_decomp_partition", dynamic=False)
     per_token = (kept_bytes(model, 3, 32) - kept_bytes(model, 1, 32)) / (2 * 32)
@@ -90,10 +104,12 @@ def test_activations_of_a_compiled_block_are_what_the_compiler_keeps(kv_heads, d
     assert per_token <= found <= (1.01 if dropout else 1.25) * per_token
 
 
-def allocated_at_most(config, dtype, recomputed, accumulates, batch, seq_len, adamw=torch.optim.AdamW) -> int:
+def allocated_at_most(
+    config, dtype, recomputed, accumulates, batch, seq_len, adamw=torch.optim.AdamW, masked=False, **lora
+) -> int:
     """The peak of PyTorch's allocations over two steps of training."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model = planned(config, dtype, recomputed).to_empty(device="cpu")
+        model = planned(config, dtype, recomputed, **lora).to_empty(device="cpu")
         model.tie_weights()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -103,7 +119,8 @@ def allocated_at_most(config, dtype, recomputed, accumulates, batch, seq_len, ad
         for _ in range(2):
             for _ in range(2 if accumulates else 1):
                 tokens = torch.randint(config.vocab_size, (batch, seq_len))
-                model(tokens, targets=tokens, share=0.5).backward()
+                mask = document_mask(tokens, 1, dtype) if masked else None
+                model(tokens, targets=tokens, share=0.5, mask=mask).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -148,6 +165,29 @@ def test_the_plan_of_settings_that_save_memory_is_within_a_twentieth(moments, re
     found = total(memory_plan(planned(config, torch.bfloat16, recomputed), step))
     allocated = allocated_at_most(config, torch.bfloat16, recomputed, True, 4, 128, adamw)
     assert found == pytest.approx(allocated, rel=0.05)
+
+
+NEW = list(range(20_000, 30_000))
+
+
+@pytest.mark.parametrize("accumulates", [True, False])
+@pytest.mark.parametrize("dtype, recomputed, masked", [
+    (torch.float32, 0, False), (torch.bfloat16, 0, False), (torch.bfloat16, 4, True), (torch.float32, 4, True),
+])  # fmt: skip
+@pytest.mark.parametrize("what", [
+    {"train_all": True},
+    {"modules_to_save": (), "trainable_token_indices": {"embed_tokens": NEW, "lm_head": NEW}},
+])  # fmt: skip
+def test_the_plan_knows_all_weights_new_rows_and_masks(
+    what, dtype, recomputed, masked, accumulates, monkeypatch
+):
+    monkeypatch.setattr(cpu, "WEIGHT_ROWS", 256)
+    config = tiny_config(vocab_size=30_000, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+                         max_position_embeddings=128)  # fmt: skip
+    step = Step(128, 4, accumulates, attends_document=masked)
+    found = total(memory_plan(planned(config, dtype, recomputed, **what), step))
+    allocated = allocated_at_most(config, dtype, recomputed, accumulates, 4, 128, masked=masked, **what)
+    assert found == pytest.approx(allocated, rel=0.07)
 
 
 @pytest.mark.parametrize("tied", [False, True])

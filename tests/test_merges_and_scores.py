@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from mala.cli import UserError
 from mala.storage.corpus import Corpus
-from mala.vocab import continue_merges, count_words, merge, sample, train_pieces
-from mala.words.further_merges import learn
-from mala.words.merges_and_scores import Unions
+from mala.vocab import count_words, sample, train_pieces
+from mala.words.further_merges import continue_merges, learn
+from mala.words.merges_and_scores import Unions, merge
 from mala.words.tokenizer import Tokenizer, append_pieces
 from tools.fertility import unreachable
 

@@ -21,7 +21,8 @@ from mala.storage.config_json import to_config_json
 from mala.storage.corpus import Corpus
 from mala.storage.files import atomic_directory, write_json
 from mala.storage.weights import INDEX, read_weights, write_weights
-from mala.vocab import count_words, merge, sample, train_pieces
+from mala.vocab import count_words, sample, train_pieces
+from mala.words.merges_and_scores import merge
 from mala.words.new_rows import FITS, INITS, count_tokens, extend_checkpoint, extend_model, extended_matrix
 from mala.words.tokenizer import Tokenizer
 from tools.known_models import init_weights
@@ -259,6 +260,32 @@ def test_only_the_two_matrices_are_in_memory(base, merged, tmp_path):
     assert int(done.stdout) * 1024 < two_matrices + 60e6, done.stdout  # 22 MB, and what PyTorch itself takes
 
 
+@pytest.mark.parametrize("init", INITS)
+def test_an_old_export_keeps_its_dtypes_and_what_it_holds_twice(init, base, merged, tmp_path):
+    """The tied matrix under both names, a buffer that is recomputed, norms of another dtype."""
+    config = tiny_config(vocab_size=len(base) + 8, tie_word_embeddings=True)
+    model = Llama(config)
+    init_weights(model, 0)
+    weights = {
+        name: tensor.detach().to(torch.float32 if "norm" in name else torch.bfloat16)
+        for name, tensor in model.named_parameters()
+    }
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(4, dtype=torch.float64)
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    write_weights(source, weights)
+    write_json(source / "config.json", to_config_json(config))
+    (source / "tokenizer.model").write_bytes(base.model)
+    extend_checkpoint(source, merged, out, init, 0, [(text, 1) for text in DEMO["swh_Latn"]])
+    found = dict(read_weights(out))
+    assert {name: one.dtype for name, one in found.items()} == {n: one.dtype for n, one in weights.items()}
+    first, second = found.pop("model.embed_tokens.weight"), found.pop("lm_head.weight")
+    assert torch.equal(first, second) and len(first) == len(merged)
+    assert torch.equal(first[: len(base)], weights["lm_head.weight"][: len(base)])
+    assert all(torch.equal(one, weights[name]) for name, one in found.items())
+
+
 def test_calibrated_counts_a_document_as_often_as_it_is_drawn(base, merged):
     """26 English documents once, 3 Amharic ones 40 times.
 
@@ -398,7 +425,7 @@ def test_errors_leave_the_model_and_the_disk_as_they_were(base, merged, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # a crash in the middle
-        patch.setattr(mala.words.new_rows, "rewrite_tensors", fail)
+        patch.setattr(mala.words.new_rows, "write_tensors", fail)
         with pytest.raises(KeyboardInterrupt):
             extend_checkpoint(source, merged, out, "subtokens", 0)
     weights = dict(read_weights(source))

@@ -291,6 +291,8 @@ def test_sigterm_finishes_the_step_and_saves(whole, tmp_path, train, monkeypatch
 class Counter:
     """A progress bar's place."""
 
+    disable = False
+
     def __init__(self, n):
         self.n = n
 

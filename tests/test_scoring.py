@@ -253,8 +253,8 @@ def test_batches_hold_every_sequence_once_and_no_more_than_fits(widths, batch_si
 
 def test_natural_and_published_encodings():
     examples = SIB200(ROOT / "assets/demo/sib200").examples("swh_Latn")[:5]
-    natural = scoring.encode_natural(TOKENIZER, examples, SIB200.labels)
-    published = scoring.encode_published(TOKENIZER, examples, SIB200.labels)
+    natural = scoring.encode_natural(TOKENIZER, examples)
+    published = scoring.encode_published(TOKENIZER, examples)
     for example, (context, continuations), (bare, apart) in zip(examples, natural, published):
         for label, continuation, alone in zip(SIB200.labels, continuations, apart):
             assert context + continuation == TOKENIZER.encode(f"{example.context} {label}", bos=True)
@@ -270,6 +270,6 @@ def test_natural_and_published_encodings():
             return [[0] + [len(word) for word in text.replace("s t", "st").split()] for text in texts]
 
     [(context, continuations)] = scoring.encode_natural(
-        Greedy(), [Example("1", "a is", "b", [])], ["to", "be"]
+        Greedy(), [Example("1", "a is", "to", [], ["to", "be"])]
     )
     assert context == [0, 1] and continuations == [[4], [2, 2]]

@@ -19,8 +19,11 @@ import mala.vocab
 from mala.cli import UserError
 from mala.model import Llama
 from mala.storage.corpus import Corpus
-from mala.vocab import continue_merges, count_words, main, merge, published_words, sample, train_pieces
+from mala.vocab import count_words, published_words, sample, train_pieces
+from mala.words.further_merges import continue_merges
+from mala.words.merges_and_scores import merge
 from mala.words.tokenizer import Tokenizer
+from tools.vocab_commands import main
 
 TINY = ROOT / "assets/tiny-llama"
 DEMO = Corpus(ROOT / "assets/demo/sib200").load("train")

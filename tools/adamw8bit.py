@@ -53,9 +53,9 @@ def codecs(device: str) -> tuple[Callable, Callable]:
 
 
 class AdamW8bit(torch.optim.AdamW):
-    """PyTorch's AdamW for matrices. Its own fused kernel makes each step, some rows at a time: their moments
-    are decoded, and what has become of them is encoded, on a GPU in one compiled kernel each. A parameter's
-    state is sharded as the parameter."""
+    """PyTorch's AdamW for matrices, and for vectors, of which each element has a scale. Its own fused kernel
+    makes each step, some rows at a time: their moments are decoded, and what has become of them is encoded,
+    on a GPU in one compiled kernel each. A parameter's state is sharded as the parameter."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -63,11 +63,13 @@ class AdamW8bit(torch.optim.AdamW):
             names = ("lr", "weight_decay", "eps", "amsgrad", "maximize")
             settings = {name: group[name] for name in names} | dict(zip(("beta1", "beta2"), group["betas"]))
             for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 state = self._state(parameter)
                 kept = [state[f"{moment}{part}"] for moment in CODES for part in ("", "_scales")]
                 whole = [local(tensor) for tensor in (parameter, parameter.grad, *kept)]
                 device = whole[0].device.type
-                rows = max(1, CHUNK[device] // parameter.shape[1])
+                rows = max(1, CHUNK[device] // whole[0].shape[1])
                 to_codes, from_codes = codecs(device)
                 for weight, gradient, *codes in zip(*(tensor.split(rows) for tensor in whole)):
                     m, v = from_codes(*codes[:2], "exp_avg"), from_codes(*codes[2:], "exp_avg_sq")
@@ -81,7 +83,9 @@ class AdamW8bit(torch.optim.AdamW):
         """`step`, and of each moment the codes under its name and the scales under its name + `_scales`."""
         state = self.state[parameter]
         if not state:
-            scale_of_blocks = parameter.detach()[:, : blocks(local(parameter)).shape[1]]
+            scale_of_blocks = parameter.detach()
+            if parameter.ndim == 2:
+                scale_of_blocks = scale_of_blocks[:, : blocks(local(parameter)).shape[1]]
             state["step"] = torch.zeros((), device=local(parameter).device)
             for moment, (_, _, dtype) in CODES.items():
                 state[moment] = torch.zeros_like(parameter, dtype=dtype)
@@ -90,5 +94,6 @@ class AdamW8bit(torch.optim.AdamW):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Of a tensor that FSDP2 has sharded this process's rows, else the tensor."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    """Of a tensor that FSDP2 has sharded this process's rows, else the tensor; a vector as a column."""
+    tensor = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor if tensor.ndim == 2 else tensor[:, None]

@@ -89,8 +89,11 @@ def join(
     return found, left_out
 
 
-def read_edition(name: str, lines: Lines, wanted: Collection[str]) -> tuple[dict[str, str], Verses]:
+def read_edition(
+    name: str, lines: Lines, wanted: Collection[str] | None = None
+) -> tuple[dict[str, str], Verses]:
     """Read an edition: its header, keys in lower case, and its `wanted` verses with a text, tabs as spaces.
+    None: all verses.
 
     Raises UserError for a line that does not begin with a verse id, and for an id that comes twice.
     """
@@ -109,7 +112,7 @@ def read_edition(name: str, lines: Lines, wanted: Collection[str]) -> tuple[dict
                 found = f"{name}: line {number} has the verse id {id}"
                 raise UserError(f"{found} for the second time; keep one of the two")
             seen.add(id)
-            if id in wanted and text.strip():
+            if (wanted is None or id in wanted) and text.strip():
                 verses[id] = text.replace("\t", " ")
     return header, verses
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from mala.cli import choose_device
-from mala.lora import add_lora, parameter_report
+from mala.lora import parameter_report
 from mala.model import Llama, LlamaConfig
 from mala.running.distributed import World
+from mala.running.prepare import open_corpora
 from mala.running.settings import Settings
-from mala.storage.corpus import Corpus
 from mala.words.byte_level import load_tokenizer
 from mala.words.tokenizer import Tokenizer
 from tools.gpus import flops_per_token, peak_flops
@@ -54,22 +54,25 @@ def planned_model(settings: Settings, tokenizer: Tokenizer, dtype: torch.dtype) 
                 "" if settings.vocab_method == "continue" else ", at most: fewer if the base has some of them"
             )
             print(f"vocabulary: {len(tokenizer):,} pieces + {settings.extend_vocab:,} = {size:,}{more}")
-        add_lora(model, settings.lora())
+        settings.choose_trained(model, len(tokenizer))
     return model
 
 
 def print_corpus(settings: Settings, tokenizer: Tokenizer) -> int:
     """Print what there is to train on; returns about how many tokens of the base's tokenizer it has."""
-    documents = Corpus.from_settings(settings).stream("train")
-    tokens = 0
-    for texts in documents.values():
-        first = list(islice(texts, 100))
-        tokens += round(sum(map(len, tokenizer.encode_batch(first, bos=True))) / len(first) * len(texts))
-    count = f"{len(documents)} languages, {sum(map(len, documents.values())):,} documents to train on"
-    more = ", those of the extended one are fewer" if settings.extend_vocab else ""
-    about = f"about {tokens:,} tokens of the base tokenizer (from 100 documents a language)"
-    print(f"{settings.data}: {count}, {about}{more}")
-    return tokens
+    of_corpora = {}
+    for name, corpus in open_corpora(settings).items():
+        documents, tokens = corpus.stream("train"), 0
+        for texts in documents.values():
+            first = list(islice(texts, 100))
+            tokens += round(sum(map(len, tokenizer.encode_batch(first, bos=True))) / len(first) * len(texts))
+        count = f"{len(documents)} languages, {sum(map(len, documents.values())):,} documents to train on"
+        more = ", those of the extended one are fewer" if settings.extend_vocab else ""
+        about = f"about {tokens:,} tokens of the base tokenizer (from 100 documents a language)"
+        share = f"replay, {settings.replay_share:.3g} of the tokens of a step: " if name else ""
+        print(f"{settings.replay if name else settings.data}: {share}{count}, {about}{more}")
+        of_corpora[name] = tokens
+    return of_corpora[""]
 
 
 def print_plan(model: Llama, settings: Settings, steps: int, world: World) -> None:

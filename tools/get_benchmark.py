@@ -1,31 +1,56 @@
-"""Get the benchmarks SIB-200 and Taxi1500.
+"""Get the benchmarks that evaluate.py measures.
 
-    python -m tools.get_benchmark sib200 [--langs a,b,…]                      the published files
+    python -m tools.get_benchmark sib200 [--langs a,b,…]                      the published files; so, too,
+        belebele, xcopa, xstorycloze, masakhanews, afrisenti, and, for --bench nll, flores200 and pbc
     python -m tools.get_benchmark taxi1500 [--langs a,b,…]                    the published labels and Bibles
     python -m tools.get_benchmark build-taxi1500 --labels DIR --verses FILE…  Taxi1500 for your own languages
 
-They are written to data/sib200 and data/taxi1500, where evaluate.py looks for them, or to --out.
+They are written to data/sib200, data/taxi1500 …, where evaluate.py looks for them, or to --out.
 """
 
 from __future__ import annotations
 
 import re
+import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 
 from mala.benchmarks.tasks import Taxi1500
 from mala.cli import REQUIRED, UserError, option, parse_command, run
 from mala.storage.corpus import LANGUAGE, check_languages
 from mala.storage.corpus_formats import read_lines
-from tools.bible import MIN_VERSES, SPLITS, Labels, Verses, join, read_archive, write_languages
+from mala.storage.files import atomic_file
+from tools.bible import (
+    MIN_VERSES,
+    SPLITS,
+    Labels,
+    Verses,
+    join,
+    language_of,
+    read_archive,
+    read_edition,
+    write_languages,
+)
 from tools.fetch import File, download_all, list_files
+from tools.more_tasks import ALL_TASKS
 
 HUB, GITHUB = "https://huggingface.co", "https://api.github.com"
 BIBLES = "https://cis.lmu.de/~yehao/data/Taxi1500-c_v3.0.zip"  # 786 MB, 1,384 editions
+FLORES = "https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz"
+# Its bytes, and its SHA-256 as several public projects note it.
+FLORES_FILE = (25_585_843, "b8b0b76783024b85797e5cc75064eb83fc5288b41e9654dabc7be6ae944011f6")
+# Where the files of a benchmark lie: a dataset of the hub, and the folder in it; XCOPA's are on GitHub.
+SOURCES = {
+    "belebele": ("facebook/belebele", "data/"),
+    "xcopa": ("cambridgeltl/xcopa", "data/"),
+    "xstorycloze": ("juletxara/xstory_cloze", ""),
+    "masakhanews": ("masakhane/masakhanews", "data/"),
+    "afrisenti": ("masakhane/afrisenti", "data/"),
+}
 Outcome = tuple[list[str], dict[str, str]]  # languages written; language or file that was left out -> why
 
 
@@ -72,7 +97,32 @@ class BuildTaxi1500Settings:
         return build_taxi1500(self.labels, map(Path, self.verses), self.out, self.min_verses)
 
 
+def settings_of(name: str, what: str, download: Callable[[Path, tuple[str, ...]], Outcome]) -> type:
+    """Settings like those of SIB-200, for a benchmark that `download` gets."""
+    fields = [
+        ("langs", tuple[str, ...], option((), "get these languages only, such as swh_Latn")),
+        ("out", Path, option(Path("data") / name, "the folder to write to")),
+    ]
+    bench = name if name in ALL_TASKS else "nll"
+    inside = {"bench": bench, "run": lambda self: download(self.out, self.langs), "__doc__": what}
+    return make_dataclass(f"{name}_settings", fields, namespace=inside)
+
+
 COMMANDS = {"sib200": SIB200Settings, "taxi1500": Taxi1500Settings, "build-taxi1500": BuildTaxi1500Settings}
+COMMANDS |= {
+    name: settings_of(
+        name,
+        f"Download {ALL_TASKS[name].__name__}.",
+        lambda out, langs, name=name: download_published(name, out, langs),
+    )
+    for name in SOURCES
+}
+COMMANDS["flores200"] = settings_of(
+    "flores200", "Download FLORES-200, 26 MB.", lambda out, langs: download_flores(out, langs)
+)
+COMMANDS["pbc"] = settings_of(
+    "pbc", "Download the free editions of the Parallel Bible Corpus, 786 MB.", lambda *to: download_pbc(*to)
+)
 
 
 def download_sib200(out: Path, languages: Collection[str] = (), hub: str = HUB) -> Outcome:
@@ -90,6 +140,86 @@ def download_sib200(out: Path, languages: Collection[str] = (), hub: str = HUB) 
     download_all({path: file for language in complete for path, file in found[language].items()})
     missing = [language for language in chosen if language not in complete]
     return complete, dict.fromkeys(missing, "not all of its splits are published")
+
+
+def download_published(
+    name: str, out: Path, languages: Collection[str] = (), hub: str = HUB, github: str = GITHUB
+) -> Outcome:
+    """Fetch one of SOURCES as published, all of it, or `languages` only: what there is of its splits.
+
+    Raises UserError for a language that it lacks.
+    """
+    task, (owner, folder) = ALL_TASKS[name], SOURCES[name]
+    chosen = check_languages(Path(owner), sorted(task.names), tuple(languages)) if task.names else []
+    if name == "xcopa":
+        listings = [f"{github}/repos/{owner}/contents/{folder}{task.names[language]}" for language in chosen]
+    else:
+        listings = [f"{hub}/api/datasets/{owner}/tree/main/{folder.strip('/')}?recursive=true"]
+    listed = {path: file for listing in listings for path, file in list_files(listing).items()}
+    if not task.names:
+        stems = (Path(path).name.split(".")[0] for path in listed)
+        chosen = check_languages(Path(owner), sorted(filter(LANGUAGE.fullmatch, stems)), tuple(languages))
+    files, written = {}, []
+    for language in chosen:
+        for split in task.splits.values():
+            path = task.file.format(language=task.names.get(language, language), split=split)
+            if file := listed.get(folder + path):
+                url = file.url or f"{hub}/datasets/{owner}/resolve/main/{folder}{path}"
+                files[out / path] = replace(file, url=url)
+                written += [language] if split == task.splits["test"] else []
+    download_all(files)
+    missing = [language for language in chosen if language not in written]
+    return written, dict.fromkeys(missing, "its test split is not published there")
+
+
+def download_flores(out: Path, languages: Collection[str] = (), url: str = FLORES) -> Outcome:
+    """Fetch FLORES-200 and unpack its sentences. languages: as in `download_sib200`."""
+    archive = out / f".{url.rsplit('/', 1)[-1]}"
+    size, checksum = FLORES_FILE
+    download_all({archive: File(url, size, checksum)})
+    written = set()
+    with tarfile.open(archive) as packed:
+        names = {}  # language -> the archive's names of its files
+        for name in packed.getnames():
+            if match := re.search(rf"flores200_dataset/(dev|devtest)/({LANGUAGE.pattern})\.\1$", name):
+                names.setdefault(match[2], []).append(name)
+        for language in check_languages(archive, sorted(names), tuple(languages)):
+            for name in names[language]:
+                path = out / name[name.index("flores200_dataset/") :]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(path, "wb") as file:
+                    file.write(packed.extractfile(name).read())
+            written.add(language)
+    archive.unlink()
+    return sorted(written), {}
+
+
+def download_pbc(out: Path, languages: Collection[str] = (), corpus: str = BIBLES) -> Outcome:
+    """Fetch those editions of the Parallel Bible Corpus that are free: Taxi1500's corpus. The whole of it is
+    not published: ask its authors (Mayer & Cysouw 2014) for it. languages: as in `download_sib200`.
+    """
+    archive = out / f".{corpus.rsplit('/', 1)[-1]}"
+    download_all({archive: File(corpus)})
+    editions, left_out = {}, {}
+    try:
+        for name, lines in read_archive(archive):
+            numbered = list(lines)
+            try:
+                header, verses = read_edition(name, iter(numbered))
+                language = language_of(name, header, verses.values())
+            except UserError as error:
+                left_out[Path(name).name] = str(error)
+                continue
+            editions.setdefault(language, []).append(Path(name).name)
+            if not languages or language in languages:
+                with atomic_file(out / Path(name).name) as file:
+                    file.writelines(f"{line}\n" for _, line in numbered)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # as in `download_taxi1500`
+        archive.unlink()
+        raise UserError(f"{archive}: damaged ({error}) and deleted; give the command again") from None
+    written = check_languages(archive, sorted(editions), tuple(languages))
+    archive.unlink()
+    return written, {} if languages else left_out
 
 
 def download_taxi1500(
@@ -192,7 +322,7 @@ def main() -> None:
     if not written:
         raise UserError(f"{out}: no language could be written; try other languages or files")
     print(f"{out}: wrote {len(written):,} languages: {', '.join(written)}")
-    data = "" if out == type(settings).out else f" --data {out}"
+    data = "" if out == type(settings).out and settings.bench != "nll" else f" --data {out}"
     print(f"evaluate: python evaluate.py --bench {settings.bench}{data}")
 
 

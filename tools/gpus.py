@@ -42,5 +42,7 @@ def flops_per_token(model: Llama, seq_len: int) -> int:
             lora = [module.lora_A, module.lora_B] if isinstance(module, LoRALinear) else []
             for matrix in [module.weight, *lora]:
                 flops += matrix.numel() * (6 if matrix.requires_grad else 4)
+            if rows := getattr(module, "token_adapter", None):  # of lm_head those that train
+                flops += 2 * rows.trainable_tokens_delta.numel()
     config = model.config
     return flops + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len

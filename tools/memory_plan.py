@@ -43,6 +43,7 @@ class Step:
     - micro_batch_size: sequences of `seq_len` tokens. accumulates: has a step several such micro-batches?
     - processes: over which FSDP2 divides the model, as `shard` in mala/running/distributed.py does.
     - moment_bytes: that each of AdamW's two moments takes for an element. device: "cpu" or "cuda".
+    - attends_document: does attention take a mask?
     """
 
     seq_len: int
@@ -52,6 +53,7 @@ class Step:
     device: str = "cpu"
     is_compiled: bool = False
     moment_bytes: int = 4
+    attends_document: bool = False
 
 
 def step_of(settings: Settings, processes: int, device: str) -> Step:
@@ -59,7 +61,8 @@ def step_of(settings: Settings, processes: int, device: str) -> Step:
     micro, kind = settings.micro_batch(processes), torch.device(device).type
     accumulates, is_compiled = settings.batch_size > micro * processes, settings.is_compiled(kind)
     moment_bytes = 1 if settings.moments == "8bit" else 4
-    return Step(settings.seq_len, micro, accumulates, processes, kind, is_compiled, moment_bytes)
+    is_masked = settings.attend == "document"
+    return Step(settings.seq_len, micro, accumulates, processes, kind, is_compiled, moment_bytes, is_masked)
 
 
 def room(device: str) -> float:
@@ -105,7 +108,7 @@ def recomputed_blocks(model: Llama, settings: Settings, world: World, free: floa
 
 
 def _parameters_and_gradients(model: Llama, step: Step) -> Iterator[StagedPart]:
-    lm_head, e, P = model.lm_head.weight, model.compute_dtype.itemsize, step.processes
+    e, P, elements = model.compute_dtype.itemsize, step.processes, largest_trained(model)
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
     shard = f" / {P}" if P > 1 else ""
@@ -114,14 +117,26 @@ def _parameters_and_gradients(model: Llama, step: Step) -> Iterator[StagedPart]:
     moments, how = trained * 2 * step.moment_bytes // P, f"{trained:,} x 2 x {step.moment_bytes}{shard}"
     if step.moment_bytes == 1:  # and the scales of blocks; when a chunk is encoded four copies are there
         moments, how = moments + trained * 2 * 4 // BLOCK // P, f"{how}, x (1 + 4 / {BLOCK})"
-        chunk = min(CHUNK[step.device], lm_head.numel()) * (2 if step.device == "cuda" else 5) * 4
+        chunk = min(CHUNK[step.device], elements) * (2 if step.device == "cuda" else 5) * 4
         yield "moments in float32, a chunk", f"{chunk:,}", chunk, "adamw"
     yield "AdamW's two moments", how, moments, ALWAYS
     # Of earlier micro-batches, unsharded: FSDP2 shards their average. Else all are there at the end only; the
     # loss adds that of lm_head to them at once, and the lookup that of embed_tokens.
     yield "gradients", f"{trained:,} x 4", trained * 4, ALWAYS if step.accumulates else "embed_tokens adamw"
-    if lm_head.requires_grad and not step.accumulates:
-        yield "gradient of lm_head", "V D x 4", lm_head.numel() * 4, "loss block"
+    of_head = trained_elements(model.lm_head)
+    if not step.accumulates:
+        yield "gradient of lm_head", f"{of_head:,} x 4", of_head * 4, "loss block"
+    if rows := getattr(model.model["embed_tokens"], "token_adapter", None):
+        size = rows.trainable_tokens_delta.numel() * 4
+        yield "gradient of the new rows, to be added", f"{size // 4:,} x 4", size, "embed_tokens"
+    if trains_blocks(model):
+        block = max(trained_elements(block) for block in model.model["layers"])
+        if e < 4:
+            kept = model.config.num_hidden_layers - model.recomputed_blocks or 1
+            size, how = kept * block * e, f"{kept} x {block:,} x {e}"
+            yield f"weights of {kept} blocks, cast", how, size, "loss block"
+        if not step.accumulates:
+            yield "gradient of a block", f"{block:,} x 4", block * 4, "block"
 
 
 def _activations_and_loss(model: Llama, step: Step) -> Iterator[StagedPart]:
@@ -143,6 +158,8 @@ def _activations_and_loss(model: Llama, step: Step) -> Iterator[StagedPart]:
         yield "lm_head, cast", f"V D x {e}", lm_head.numel() * e, "loss"
     width = row_width(V) if step.device == "cuda" else V  # of a row of logits
     chunk = max(CHUNK_BYTES[step.device], width * e)  # see mala/cross_entropy.py
+    if step.attends_document:
+        yield "mask of attention", f"N T x ({e} + 2)", N * step.seq_len * (e + 2), "lookup loss block"
     yield "logits, a chunk", f"N V x {e}, at most {chunk:,}", min(N * width * e, chunk), "loss"
 
 
@@ -156,8 +173,21 @@ def _gathered_by_fsdp(model: Llama) -> Iterator[StagedPart]:
     yield "lm_head, gathered", f"V D x {lm_head.itemsize}", head, "lookup loss block embed_tokens"
     yield "embed_tokens, gathered", f"V D x {embed_tokens.itemsize}", looked_up, "lookup embed_tokens"
     yield "buffers that both came in", f"{head:,} + {looked_up:,}", head + looked_up, "lookup"
-    if lm_head.requires_grad or embed_tokens.requires_grad:
-        yield "copy of a gradient, to be divided", "V D x 4", VD * 4, "embed_tokens"
+    if copied := max(trained_elements(model.model["embed_tokens"]), trained_elements(model.lm_head)):
+        yield "copy of a gradient, to be divided", f"{copied:,} x 4", copied * 4, "embed_tokens"
+
+
+def trained_elements(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+
+
+def largest_trained(model: Llama) -> int:
+    return max(weight.numel() for weight in trainable_parameters(model).values())
+
+
+def trains_blocks(model: Llama) -> bool:
+    """Whether the blocks' own weights train (--train all)."""
+    return model.model["layers"][0].mlp.down_proj.weight.requires_grad
 
 
 def block_activations(model: Llama, layer: int, step: Step) -> tuple[str, int]:
@@ -167,7 +197,8 @@ def block_activations(model: Llama, layer: int, step: Step) -> tuple[str, int]:
       (H); flash attention keeps no T x T matrix.
     - In the compute dtype: q, k, v, attention's output, gate, silu(gate), up.
     - A frozen matrix does not need its input again. LoRA's A does, after dropout, and dropout its mask; B
-      needs the R elements that A gives.
+      needs the R elements that A gives. If all weights train, the norms keep what they multiply by theirs,
+      and the matrices what they read.
 
     torch.compile makes silu(gate) and the float32 copies again, from the block's input and o_proj's output.
     """
@@ -178,6 +209,10 @@ def block_activations(model: Llama, layer: int, step: Step) -> tuple[str, int]:
         size, how = 4 * (2 + H) + heads + e * (2 * D + 2 * F), f"4 (2 + H) + {e} (2 H d + 2 K d + 2 D + 2 F)"
     else:
         size, how = 4 * (2 * D + 2 + H) + heads + e * 3 * F, f"4 (2 D + 2 + H) + {e} (2 H d + 2 K d + 3 F)"
+    if trains_blocks(model):
+        size, how = size + e * (2 * D + H * config.head_dim + F), f"{how} + {e} (2 D + H d + F)"
+        if not step.is_compiled:
+            size, how = size + 8 * D, f"{how} + 8 D"
     lora = 0
     for module in block.modules():
         if isinstance(module, LoRALinear):
@@ -185,4 +220,4 @@ def block_activations(model: Llama, layer: int, step: Step) -> tuple[str, int]:
             # twice.
             mask = 0 if module.dropout == 0 else 1 if step.device == "cuda" or step.is_compiled else e
             lora += (e + mask) * module.in_features + e * len(module.lora_A)
-    return f"{how} + LoRA's {lora:,}", size + lora
+    return f"{how} + LoRA's {lora:,}" if lora else how, size + lora

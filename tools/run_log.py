@@ -1,10 +1,15 @@
-"""What a run shows: a progress bar, metrics.jsonl, and TensorBoard if asked for.
+"""What a run shows: a progress bar, or without a terminal a line for each logged step, such as
+
+    step 20 of 162: loss 6.021, lr 5.00e-03, 3,120 tokens/s, 0.61 GB, 0:01:32 left
+
+(on known GPUs with the MFU); metrics.jsonl; and TensorBoard if asked for.
 
 metrics.jsonl holds one JSON object per logged step: `step`, `tokens` (seen so far), `loss` (nats a token, the
 mean since the line before), `lr`, `grad_norm`, `tokens_per_second`, `waiting` (the share of the time in which
 the model waited for data), `peak_memory_gb`, on known GPUs `mfu`, and if held-out text was measured
-`nll_per_document` (nats, the macro-average) and `languages`, language -> nats a document. The first line of a
-process has `first_step_seconds`: that step compiles, and no speed counts it.
+`nll_per_document` (nats, the macro-average) and `languages`, language -> nats a document; with --samples also
+`samples`, language -> text. The first line of a process has `first_step_seconds`: that step compiles, and no
+speed counts it.
 """
 
 import contextlib
@@ -13,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -59,8 +65,15 @@ class RunLog:
     def _time_from(self, step: int) -> None:
         self.time, self.timed_from, self.waited = time.perf_counter(), step, 0.0
 
-    def write(self, step: int, nll: dict[str, dict] | None = None, **figures: float) -> None:
-        """A line of metrics.jsonl, for the steps since the last. nll: of held-out text, if measured."""
+    def write(
+        self,
+        step: int,
+        nll: dict[str, dict] | None = None,
+        samples: dict[str, str] | None = None,
+        **figures: float,
+    ) -> None:
+        """A line of metrics.jsonl, for the steps since the last. nll: of held-out text, if measured. samples:
+        language -> what the model made of a text."""
         seconds, steps = time.perf_counter() - self.time, step - self.timed_from
         if not steps:  # the line of the first step alone
             seconds, steps = self.first, 1
@@ -79,15 +92,31 @@ class RunLog:
             of_languages = nll["languages"].items()
             line["languages"] = {language: one["nll_per_document"] for language, one in of_languages}
             scalars |= {f"nll/{language}": nats for language, nats in line["languages"].items()}
+        if samples:
+            line["samples"] = samples
         if self.file:
             with named(self.path):
-                self.file.write(json.dumps(line) + "\n")
+                self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if self.bar.disable:  # there is no terminal
+                print(self.describe(line, seconds / steps), flush=True)
+            for language, text in (samples or {}).items():
+                self.bar.write(f"{language}: {text}")
         if self.tensorboard:
             for name, value in scalars.items():
                 self.tensorboard.add_scalar(name, value, step)
         self.bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_second=f"{speed:,.0f}")
         self.state |= {"logged_step": step, "loss": 0.0}
         self._time_from(step)
+
+    def describe(self, line: dict, seconds: float) -> str:
+        """What a person wants to know of a line of metrics.jsonl. seconds: that a step takes."""
+        said = [f"loss {line['loss']:.3f}", f"lr {line['lr']:.2e}"]
+        said += [f"{line['tokens_per_second']:,.0f} tokens/s"]
+        said += [f"MFU {line['mfu']:.1%}"] if "mfu" in line else []
+        said += [f"{line['peak_memory_gb']:.2f} GB"]
+        said += [f"NLL {line['nll_per_document']:.1f}"] if "nll_per_document" in line else []
+        left = timedelta(seconds=round((self.bar.total - line["step"]) * seconds))
+        return f"step {line['step']:,} of {self.bar.total:,}: {', '.join(said)}, {left} left"
 
     def flush(self) -> None:
         """To the disk itself: a checkpoint must not be there without the lines before it."""

@@ -1,9 +1,9 @@
 """The tables that commands print, most of them with a line a language."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from mala.benchmarks.results import Figures, Languages, by_script
+from mala.benchmarks.results import Figures, Languages, by_script, macro
 
 Row = Sequence[str]
 MAX_ROWS = 40  # of a printed table
@@ -21,33 +21,44 @@ def print_table(header: Row, rows: Sequence[Row], last: Sequence[Row] = ()) -> N
         print("  ".join(cells))
 
 
-def print_nll(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A table of languages, best first, and one line of summary."""
+def print_nll(before: dict[str, Any], after: dict[str, Any], known: Collection[str] = ()) -> None:
+    """A table of languages, best first, below it those that the base `known` before, and a line of summary
+    for all of them and, if there are both, for either."""
     changes = {
         language: after["languages"][language]["nll_per_document"] / was["nll_per_document"] - 1
         for language, was in before["languages"].items()
     }
-    rows = []
+    rows = {}
     for language in sorted(changes, key=changes.get):
         was, now = before["languages"][language], after["languages"][language]
         nll = [f"{figures['nll_per_document']:.1f}" for figures in (was, now)]
         bits = [f"{figures['bits_per_byte']:.2f}" for figures in (was, now)]
-        rows.append((language, str(was["documents"]), *nll, f"{changes[language]:+.1%}", *bits))
-    print_table(("language", "documents", "NLL before", "after", "change", "bits/byte before", "after"), rows)
-    (b, a), n = (before["macro"], after["macro"]), len(changes)
-    change = a["nll_per_document"] / b["nll_per_document"] - 1
-    print(
-        f"held-out NLL, nats a document, mean of {n} languages: {b['nll_per_document']:.1f} -> "
-        f"{a['nll_per_document']:.1f} ({change:+.1%}), bits per byte {b['bits_per_byte']:.2f} -> "
-        f"{a['bits_per_byte']:.2f}; improved: {sum(value < 0 for value in changes.values())} of {n}"
-    )
+        rows[language] = (language, str(was["documents"]), *nll, f"{changes[language]:+.1%}", *bits)
+    new, old = ([one for one in rows if (one in known) == is_known] for is_known in (False, True))
+    header = ("language", "documents", "NLL before", "after", "change", "bits/byte before", "after")
+    print_table(header, [rows[one] for one in new], [rows[one] for one in old])
+    for members, kind in ((new, " new to the base"), (old, " of the base"), ([*new, *old], "")):
+        if kind and not (new and old):
+            continue  # they are all
+        b, a = (macro({one: of["languages"][one] for one in members}) for of in (before, after))
+        change = a["nll_per_document"] / b["nll_per_document"] - 1
+        languages = f"{len(members)} language{'s' * (len(members) > 1)}"
+        print(
+            f"held-out NLL, nats a document, mean of {languages}{kind}: {b['nll_per_document']:.1f} -> "
+            f"{a['nll_per_document']:.1f} ({change:+.1%}), bits per byte {b['bits_per_byte']:.2f} -> "
+            f"{a['bits_per_byte']:.2f}; improved: {sum(changes[one] < 0 for one in members)} of "
+            f"{len(members)}"
+        )
 
 
 def print_results(result: dict[str, Any]) -> None:
     """The table, best languages first; how many of them are above the baseline; what seeds change."""
     languages, total = result["languages"], result["macro"]
     if "nll_per_document" in total:
-        tabulate(result, OF_DOCUMENTS, "nll_per_document")
+        columns = dict(OF_DOCUMENTS)
+        if to := result.get("parallel_to"):
+            columns[f"bits/byte of {to}"] = ("bits_per_parallel_byte", ".2f")
+        tabulate(result, columns, "nll_per_document")
     else:
         tabulate(result, OF_EXAMPLES, "accuracy", descending=True)
         above = [one for one in languages.values() if one["accuracy"] > one["majority"]]

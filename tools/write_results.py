@@ -1,16 +1,17 @@
 """What evaluate.py leaves in --out: predictions.jsonl, then results.json, a table, and a picture."""
 
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from mala.benchmarks.measurement import Measurement
 from mala.benchmarks.results import summarise, with_macro
 from mala.cli import UserError
 from mala.storage.files import atomic_file, read_json, write_json
 from tools import pictures
+from tools.measurement import Measurement
 from tools.tables import print_results
 
 
@@ -27,6 +28,10 @@ def write_results(measurements: list[Measurement], out: Path, settings: Any, of_
             lines.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in done["predictions"])
     languages = {language: summarise(predictions) for language, predictions in by_language.items()}
     is_nll, texts = settings.bench == "nll", sum(map(len, by_language.values()))
+    if size := of_run.get("parallel_bytes"):
+        for figures in languages.values():
+            bits = figures["nll_per_document"] * figures["documents"] / math.log(2)
+            figures["bits_per_parallel_byte"] = bits / size
     result = {
         "bench": settings.bench,
         **of_run,

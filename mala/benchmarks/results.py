@@ -57,7 +57,7 @@ def means_by(key: str, predictions: list[Prediction]) -> dict[Any, float]:
 
 def summarise(predictions: list[Prediction]) -> Figures:
     """One language's figures, NLL in nats, `ci95` over its documents or examples. `majority` and `uniform`
-    are the accuracies of always giving the most frequent label, and of guessing."""
+    are the accuracies of always giving the most frequent label, or place of a choice, and of guessing."""
     ci95 = bootstrap(list(means_by("id", predictions).values()))  # an example counts once, whatever the seeds
     n = len(predictions)
     if "nll" in predictions[0]:
@@ -66,12 +66,13 @@ def summarise(predictions: list[Prediction]) -> Figures:
         rates = {"nll_per_document": nll / n, "nll_per_token": nll / tokens}
         return {**counts, **rates, "bits_per_byte": nll / size / math.log(2), "ci95": ci95}
     by_seed = {str(seed): accuracy for seed, accuracy in means_by("seed", predictions).items()}
+    places = [list(one["loglikelihoods"]).index(one["label"]) for one in predictions]
     figures = {
         "n": n // len(by_seed),
         "accuracy": mean([value_of(one) for one in predictions]),
         "accuracy_norm": mean([best_label(one, per_character=True) == one["label"] for one in predictions]),
         "ci95": ci95,
-        "majority": max(Counter(one["label"] for one in predictions).values()) / n,
+        "majority": max(Counter(places).values()) / n,
         "uniform": 1 / len(predictions[0]["loglikelihoods"]),
     }
     if len(by_seed) > 1:

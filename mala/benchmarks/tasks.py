@@ -11,17 +11,19 @@ from mala.cli import UserError
 from mala.storage.corpus import LANGUAGE, check_languages
 from mala.storage.corpus_formats import SIB200_HEADER, read_tsv
 
-Row = namedtuple("Row", ["id", "label", "text"])  # of a file, all of them strings
+Row = namedtuple("Row", ["id", "label", "text", "choices"])  # of a file; the label is one of the choices
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row to be labelled: the model reads `context`; `shots` are row numbers in the train split, from 0."""
+    """A row to be labelled: after `context` the model compares `choices`, one of which is the label. `shots`
+    are row numbers in the train split, from 0."""
 
     id: str
     context: str
     label: str
     shots: list[int]
+    choices: list[str]
 
 
 class Task:
@@ -31,6 +33,7 @@ class Task:
     header: list[str] | None = None  # the first line of a file; a file that has one is CSV with tabs
     labels: list[str]  # in the published order: of labels with equal scores the first is taken
     prompt: str  # before the label
+    shots, seed, protocol = 3, 1234, "published"  # where no settings say otherwise
 
     def __init__(self, root: Path):
         self.root = root
@@ -67,25 +70,29 @@ class Task:
                 raise UserError(f"{where} has the id {id!r} of line {ids[id]}; every row needs its own")
             if label not in self.labels:
                 raise UserError(f"{where} has the label {label!r}, expected one of {', '.join(self.labels)}")
-            rows.append(Row(id, label, text))
+            rows.append(Row(id, label, text, self.labels))
         if not rows:
             raise UserError(f"{file}: the {split} split of {language} has no rows; leave the language out")
         return rows
 
-    def examples(self, language: str, split: str = "test", shots: int = 3, seed: int = 1234) -> list[Example]:
-        """The examples of a language in the published order."""
+    def train_rows(self, language: str, shots: int) -> list[Row]:
+        """Those that shots are drawn from. Raises UserError if they are too few."""
         train = self.rows(language, "train") if shots else []
-        rows = self.rows(language, split)
         if len(train) < shots:
             found = f"{self.path(language, 'train')}: {len(train)} rows"
             raise UserError(f"{found}, too few for {shots} shots; lower --shots, or leave {language} out")
+        return train
+
+    def examples(self, language: str, split: str = "test", shots: int = 3, seed: int = 1234) -> list[Example]:
+        """The examples of a language in the published order."""
+        train, rows = self.train_rows(language, shots), self.rows(language, split)
         examples, rng = [], np.random.default_rng(seed)
         for index in rng.permutation(len(rows)):
             row = rows[index]
             chosen = draw_shots(rng, train, row, shots)
             shown = [f"{self.prompt.format(text=train[i].text)} {train[i].label}" for i in chosen]
             context = "\n".join([*shown, self.prompt.format(text=row.text)])
-            examples.append(Example(row.id, context, row.label, chosen))
+            examples.append(Example(row.id, context, row.label, chosen, row.choices))
         return examples
 
 

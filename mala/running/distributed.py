@@ -130,6 +130,12 @@ def sync_gradients(model: nn.Module, wanted: bool) -> None:
         model.set_requires_gradient_sync(wanted)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go what a pass without gradients leaves gathered, the root's weights: none may save them so."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def unsharded(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded, gathered. All processes must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -4,7 +4,7 @@ a kill.
     run.json     the settings, and what must not change on the way: checkpoint, corpus, settings of IDENTITY
     held_out/    the documents that are measured, a corpus of its own, which evaluate.py reads, too
     base/        the checkpoint with the extended vocabulary
-    tokens/      the token files, see mala/data.py
+    tokens/      the token files, see mala/data.py; replay/ in it: those of --replay
 
 A run with another identity is never continued.
 """
@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 
 from mala.cli import UserError
-from mala.data import file_digests, tokenise
-from mala.running.settings import Settings
+from mala.data import Stream, file_digests, open_streams, tokenise
+from mala.running.settings import RESULT, Settings
 from mala.storage import training_checkpoint
-from mala.storage.corpus import Corpus
+from mala.storage.corpus import Corpus, some
 from mala.storage.files import atomic_directory, lock, read_json, write_json
 from mala.storage.weights import read_weights
 from mala.vocab import count_words, sample, train_pieces
@@ -37,11 +38,39 @@ from mala.words.tokenizer import Tokenizer
 # learning rate, may be changed on the way.
 IDENTITY = """langs held_out max_held_out text_field skip_bad_lines extend_vocab vocab_method init r
     lora_alpha lora_dropout use_rslora target_modules modules_to_save seq_len batch_size alpha seed
-    moments""".split()
+    moments train train_rows attend warmup_embeddings sample_by weights replay_share""".split()
+
+
+def open_corpora(settings: Settings) -> dict[str, Corpus]:
+    """The corpus, "", and that of --replay, "replay", if there is one: the keys are folders in tokens/.
+    Raises UserError as `Corpus` does, and for a language of --weights or --base-langs without text."""
+    corpora = {"": Corpus.from_settings(settings)}
+    if settings.replay:
+        corpora["replay"] = Corpus.from_settings(replace(settings, langs=()), Path(settings.replay))
+    found = {language for corpus in corpora.values() for language in corpus.languages}
+    named = {*settings.language_weights(), *settings.base_langs, *settings.samples} - {*Settings.base_langs}
+    if unknown := sorted(named - found):
+        setting = "weights, base_langs or samples name"
+        raise UserError(f"{setting} {unknown[0]}; expected one of {some(sorted(found))}")
+    return corpora
+
+
+def open_tokens(settings: Settings, corpora: dict[str, Corpus]) -> list[dict[str, Stream]]:
+    """The streams of the corpora, of token files that `prepare` left. Those of replay have weights with which
+    they are drawn for its share of the rows, and so of the tokens: all rows are equally long."""
+    tokens, by_bytes = Path(settings.tokens or f"{settings.out}/tokens"), settings.sample_by == "bytes"
+    opened = [open_streams(corpus, tokens / name, by_bytes) for name, corpus in corpora.items()]
+    for language, weight in settings.language_weights().items():
+        for stream in (streams[language] for streams in opened if language in streams):
+            stream.weight = weight
+    whole = [sum(one.weight * one.size**settings.alpha for one in streams.values()) for streams in opened]
+    for stream in opened[1].values() if settings.replay else ():
+        stream.weight *= settings.replay_share / (1 - settings.replay_share) * whole[0] / whole[1]
+    return opened
 
 
 def prepare(
-    settings: Settings, corpus: Corpus, device: str, dtype: torch.dtype, locks: ExitStack
+    settings: Settings, corpora: dict[str, Corpus], device: str, dtype: torch.dtype, locks: ExitStack
 ) -> tuple[Path | None, dict[str, Any]]:
     """Make what is not there yet. Returns the checkpoint to go on from, or None, and the identity. Only the
     main process calls it. `locks` takes the lock of --out, until it is closed. Raises UserError for a mistake
@@ -51,16 +80,19 @@ def prepare(
     if was_there:  # else later: the lock makes the folder, and a mistake must leave nothing
         locks.enter_context(lock(out))
     earlier = read_json(out / "run.json") if (out / "run.json").exists() else {}
-    files = file_digests(list(chain.from_iterable(corpus.files.values())), earlier.get("files", {}))
+    of_languages = [files for corpus in corpora.values() for files in corpus.files.values()]
+    files = file_digests(list(chain.from_iterable(of_languages)), earlier.get("files", {}))
     identity = {name: getattr(settings, name) for name in IDENTITY} | {"langs": sorted(set(settings.langs))}
-    identity |= {"model": checkpoint_digest(model), "data": corpus_digest(corpus, files)}
+    identity |= {"model": checkpoint_digest(model), "replay": None}
+    identity |= {name or "data": corpus_digest(corpus, files) for name, corpus in corpora.items()}
     identity = json.loads(json.dumps(identity))  # as it comes back from a file: lists, no tuples
     checkpoint = choose_checkpoint(settings, earlier, identity)
 
     made = [out / "held_out"] + ([out / "base"] if settings.extend_vocab else [])
-    is_made = earlier.get("identity") == identity and all(folder.is_dir() for folder in made)
+    older = {name: getattr(Settings, name, None) for name in identity}  # of a run before there was a setting
+    is_made = older | earlier.get("identity", {}) == identity and all(folder.is_dir() for folder in made)
     if settings.resume == "never" or not is_made:
-        make_base(settings, corpus, (device, dtype), clear_all=checkpoint is None)
+        make_base(settings, corpora, (device, dtype), clear_all=checkpoint is None)
     if not was_there:
         locks.enter_context(lock(out))
     tokenizer = load_tokenizer(out / "base" if settings.extend_vocab else model)
@@ -71,7 +103,8 @@ def prepare(
     clear_checkpoints(out / "checkpoints", checkpoint)
     tokens = Path(settings.tokens or out / "tokens")
     with lock(tokens, wait=True):  # other runs may share them
-        tokenise(corpus, tokenizer, files, tokens)
+        for name, corpus in corpora.items():
+            tokenise(corpus, tokenizer, files, tokens / name)
     return checkpoint, identity
 
 
@@ -90,7 +123,7 @@ def choose_checkpoint(settings: Settings, earlier: dict[str, Any], identity: dic
     if checkpoint:
         file, state = checkpoint / training_checkpoint.STATE, training_checkpoint.read_state(checkpoint)
         check_identity(file, state["identity"], identity, settings)
-    is_kept = checkpoint or (out / "adapter").is_dir()  # else it is unfinished, and replaced
+    is_kept = checkpoint or (out / RESULT[settings.train]).is_dir()  # else it is unfinished, and replaced
     if earlier.get("identity") and is_kept:
         check_identity(out / "run.json", earlier["identity"], identity, settings)
     return checkpoint
@@ -132,17 +165,19 @@ def check_identity(file: Path, theirs: dict[str, Any], identity: dict[str, Any],
             difference = {
                 "model": f"began from another checkpoint than {settings.model} is now",
                 "data": f"was trained on other data than {settings.data} holds now",
+                "replay": f"had another replay than {settings.replay or 'none'} is now",
             }.get(key, f"had {key} {theirs.get(key)}, this one has {value}")
             remedy = "name another --out, or start over with --resume never"
             raise UserError(f"{file}: the earlier run {difference}; {remedy}")
 
 
-def make_base(settings: Settings, corpus: Corpus, where: Where, clear_all: bool) -> None:
+def make_base(settings: Settings, corpora: dict[str, Corpus], where: Where, clear_all: bool) -> None:
     """Hold documents out, learn the vocabulary, extend the checkpoint, computing on `where`. What an earlier
     run left goes, its checkpoints if `clear_all`. Raises UserError as `prepare` does."""
     out, model = Path(settings.out), Path(settings.model)
     base_tokenizer = load_tokenizer(model)
-    test_documents, train_documents = corpus.load("test"), corpus.stream("train")
+    parts = [(corpus.load("test"), corpus.stream("train")) for corpus in corpora.values()]
+    test_documents, train_documents = parts[-1][0] | parts[0][0], parts[0][1]  # of replay only what is more
     if settings.extend_vocab:
         words = count_words(sample(train_documents, settings.alpha, settings.seed), base_tokenizer.words)
         if settings.vocab_method == "union":
@@ -159,7 +194,13 @@ def make_base(settings: Settings, corpus: Corpus, where: Where, clear_all: bool)
     write_json(out / "run.json", {})  # the folder is ours; if nothing can be written this fails now
     for name in ("nll.json", "metrics.jsonl", "loss.png", "nll.png"):
         (out / name).unlink(missing_ok=True)
-    for name in ("adapter", "base", "held_out", "tensorboard", *(["checkpoints"] if clear_all else [])):
+    for name in (
+        *RESULT.values(),
+        "base",
+        "held_out",
+        "tensorboard",
+        *(["checkpoints"] if clear_all else []),
+    ):
         shutil.rmtree(out / name, ignore_errors=True)
     with atomic_directory(out / "held_out") as folder:
         for language, texts in test_documents.items():

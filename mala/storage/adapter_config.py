@@ -24,6 +24,7 @@ ACCEPTED = {
 OFF = (None, False, [], "")  # but {} is a variant with its defaults
 KINDS = dict(target_modules=(list, str), modules_to_save=(list,), rank_pattern=(dict,), alpha_pattern=(dict,))
 KINDS |= dict(exclude_modules=(list, str), layers_to_transform=(list, int), layers_pattern=(list, str))
+KINDS |= dict(trainable_token_indices=(list, dict))
 
 
 def read_adapter_config(directory: Path, config_class: type) -> Any:
@@ -47,6 +48,8 @@ def read_adapter_config(directory: Path, config_class: type) -> Any:
     for key in ("layers_to_transform", "layers_pattern"):  # PEFT takes one of them without a list, too
         if not isinstance(given.get(key, []), list):
             given[key] = [given[key]] if given[key] != "" else []
+    if isinstance(rows := given.get("trainable_token_indices"), list):
+        given["trainable_token_indices"] = {"embed_tokens": rows}
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     given["modules_to_save"] = tuple(str(name).removeprefix("model.") for name in given["modules_to_save"])
     try:
@@ -70,7 +73,15 @@ def check_lora_config(config: Any) -> None:
     targets, saved = config.target_modules, config.modules_to_save
     if others := sorted(set(saved) - set(SAVEABLE)):
         raise UserError(f"modules_to_save names {others[0]!r}, expected some of {', '.join(SAVEABLE)}")
-    if not targets and not saved:
+    rows = config.trainable_token_indices
+    for name, ids in rows.items():
+        if name not in SAVEABLE or name in saved:
+            expected = f"expected {' or '.join(SAVEABLE)}, and none of modules_to_save"
+            raise UserError(f"trainable_token_indices names {name!r}, {expected}")
+        is_list = isinstance(ids, list) and all(type(id) is int and id >= 0 for id in ids)
+        if not is_list or not ids or len(set(ids)) < len(ids):
+            raise UserError(f"trainable_token_indices of {name}: expected numbers of rows, each once")
+    if not targets and not saved and not rows:
         raise UserError("target_modules and modules_to_save are both empty: nothing would train")
     blocks, parts = config.layers_to_transform, config.layers_pattern
     if not all(type(number) is int and number >= 0 for number in blocks or ()):

@@ -148,11 +148,12 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def language_shares(documents: list[int], alpha: float) -> np.ndarray:
-    """Probability of each language, proportional to n^alpha, n its number of documents: (languages,) float64.
-    alpha 1 draws languages by size, alpha 0 all alike; MaLA-500's 0.3 lets the small ones be heard."""
-    weights = np.array(documents, dtype=np.float64) ** alpha
-    return weights / weights.sum()
+def language_shares(sizes: Sequence[float], alpha: float, weights: Sequence[float] | float = 1) -> np.ndarray:
+    """Probability of each language, proportional to weight times n^alpha: (languages,) float64. Its size n is
+    a number of documents, as in MaLA-500, which line breaks change, or of bytes. alpha 1 draws languages by
+    size, alpha 0 all alike; MaLA-500's 0.3 lets the small ones be heard."""
+    shares = np.array(sizes, dtype=np.float64) ** alpha * np.array(weights, dtype=np.float64)
+    return shares / shares.sum()
 
 
 def _folder_of_languages(root: Path) -> Path:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
 from mala.cli import UserError
 
 COPY_BYTES = 2**24  # at a time: large enough for the speed of the disk
@@ -24,11 +22,9 @@ def atomic_path(path: Path, is_folder: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")  # one name: the run after a kill removes what that left
     _remove(temporary)
     temporary.mkdir() if is_folder else temporary.touch()
-    mode = temporary.stat().st_mode
     try:
         with named(path):
             yield temporary
-            temporary.chmod(mode)  # safetensors makes its files readable by their owner alone
             for written in (temporary, *temporary.rglob("*")):
                 _flush(written)
         if path.is_dir():  # a rename cannot replace a folder that holds something
@@ -65,10 +61,10 @@ def named(path: Path) -> Iterator[None]:
     """Turn a failed write into a UserError with the path: the system does not name it if a disk is full."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "filename", None) is not None:
+    except OSError as error:
+        if error.filename is not None:
             raise
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); make room or name another folder") from None
 
 

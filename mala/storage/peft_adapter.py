@@ -2,14 +2,14 @@
 load in PEFT and PEFT's load here, MaLA-500's published one among them."""
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from mala.cli import REQUIRED, UserError, option, parse_command
-from mala.lora import LoRAConfig, LoRALinear, add_lora, has_adapter, merge_lora, saved_modules
+from mala.cli import UserError
+from mala.lora import LoRAConfig, LoRALinear, TrainedRows, add_lora, has_adapter, merge_lora, saved_modules
 from mala.model import Llama, LlamaConfig
 from mala.running.distributed import fill
 from mala.storage.adapter_config import SAVEABLE, read_adapter_config
@@ -22,12 +22,15 @@ EMBED_TOKENS, LM_HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.
 
 
 def adapter_tensors(model: Llama, saved: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """PEFT's name -> parameter, for all that an adapter holds: every A and B, and the modules in `saved`."""
+    """PEFT's name -> parameter, for all that an adapter holds: every A and B, the rows that train alone, and
+    the modules in `saved`."""
     tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
             tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
+        if isinstance(module, TrainedRows):
+            tensors[f"{PREFIX}{name}.trainable_tokens_delta"] = module.trainable_tokens_delta
     for name, module in saved_modules(model, saved).items():
         tensors[f"{PREFIX}{name}.weight"] = module.weight
     return tensors
@@ -157,23 +160,3 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path) -> None:
         # The base's own file, with what transformers keeps there and this code does not need.
         own = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
         write_json(temporary / "config.json", {**read_json(base / "config.json"), **own})
-
-
-@dataclass
-class Merge:
-    """Write a plain checkpoint, with the adapter merged into its base."""
-
-    model: str = option(REQUIRED, "the base checkpoint's folder")
-    adapter: str = option(REQUIRED, "the adapter's folder")
-    out: str = option(REQUIRED, "the checkpoint folder to write")
-
-    def run(self) -> None:
-        merge_checkpoint(Path(self.model), Path(self.adapter), Path(self.out))
-        print(f"{self.out}: {self.model} + {self.adapter}, merged")
-
-
-COMMANDS = {"merge": Merge}
-
-
-def main() -> None:
-    parse_command("python -m mala.lora", COMMANDS).run()

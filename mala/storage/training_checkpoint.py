@@ -1,6 +1,7 @@
 """The checkpoints of a training run, folders `step-N/`. One holds:
 
-    adapter_config.json, adapter_model.safetensors    the adapter after N steps, as PEFT knows it
+    adapter_config.json, adapter_model.safetensors    the adapter after N steps, as PEFT knows it;
+    model.safetensors                                 or, if all weights train, these, in float32
     tokenizer.model, tokenizer.json, …                its tokenizer
     optimizer.safetensors                             AdamW's two moments of everything that trains
     training_state.json                               `step`, `identity` (prepare.py), and the run log's sums
@@ -14,11 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from mala.cli import UserError
 from mala.storage.files import read_json, write_json
-from mala.storage.weights import Tensors, write_tensors
+from mala.storage.tokenizer_files import copy_companions
+from mala.storage.weights import WEIGHTS, Tensors, write_tensors
 
 ADAPTER, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors", "training_state.json"
 
@@ -31,8 +35,22 @@ def write_state(folder: Path | None, moments: Tensors, state: dict[str, Any]) ->
         write_json(folder / STATE, state)
 
 
+def save_checkpoint(model: nn.Module, folder: Path | None, base: Path, dtype: torch.dtype) -> None:
+    """Write all weights in `dtype`, as a plain checkpoint with the companions of `base`. folder: as above."""
+    weights = dict(model.named_parameters())
+    planned = {name: torch.empty(w.shape, dtype=dtype, device="meta") for name, w in weights.items()}
+    write_tensors(folder and folder / WEIGHTS, planned, lambda name: weights[name].to(dtype))
+    if folder is not None:
+        copy_companions(base, folder)
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     return read_json(folder / STATE)
+
+
+def trained_file(folder: Path) -> Path:
+    """What has trained: an adapter, or all weights."""
+    return folder / (WEIGHTS if (folder / WEIGHTS).exists() else ADAPTER)
 
 
 def step_of(folder: Path) -> int:
@@ -49,7 +67,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def check_intact(folder: Path) -> None:
     """Raise UserError if a checkpoint lacks a file or holds a damaged one. What cannot be read, on a network
     disk that is gone for a while, is no damage: the OSError goes through."""
-    for file in (folder / ADAPTER, folder / OPTIMIZER):
+    for file in (trained_file(folder), folder / OPTIMIZER):
         try:
             safe_open(file, framework="pt").keys()  # compares the size with what the header says
         except (FileNotFoundError, SafetensorError) as error:

@@ -7,9 +7,8 @@
 import json
 import zipfile
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,15 +16,16 @@ from torch import Tensor, nn
 
 from mala.cli import UserError
 from mala.running.distributed import fill, parts
-from mala.storage.files import COPY_BYTES, atomic_path, read_json, refuse_pointer, write_json
+from mala.storage.files import atomic_file, read_json, refuse_pointer, write_json
 
 Tensors = dict[str, Tensor]  # by name
 Device = torch.device | str
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 1000**3  # as transformers cuts
 # safetensors' names of dtypes, in the order in which it sorts the tensors of a file: the last come first.
-DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}  # fmt: skip
+DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fn: "F8_E4M3",
+          torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32",
+          torch.float64: "F64", torch.int64: "I64"}  # fmt: skip
 # Weights in other formats, which do not go with a checkpoint of other weights.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -127,42 +127,9 @@ def fill_weights(model: nn.Module, directory: Path) -> None:
     for name, tensor in read_weights(directory):
         if name in parameters and parameters[name].shape == tensor.shape:
             fill(parameters[name], tensor, model.compute_dtype)  # as if it came to train only then
-
-
-def rewrite_tensors(source: Path, target: Path, changed: Tensors) -> None:
-    """Copy a safetensors file as bytes, with tensors of the same dtype in place of those in `changed`."""
-    with open(source, "rb") as old:
-        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
-        data, end = old.tell(), 0
-        spans = sorted((*one["data_offsets"], name) for name, one in header.items() if name != "__metadata__")
-        for start, stop, name in spans:
-            size = stop - start
-            if name in changed:
-                header[name]["shape"], size = list(changed[name].shape), changed[name].nbytes
-            header[name]["data_offsets"] = [end, end + size]
-            end += size
-
-        def content() -> Iterator[Tensor | bytes]:
-            for start, stop, name in spans:
-                old.seek(data + start)
-                lengths = (min(left, COPY_BYTES) for left in range(stop - start, 0, -COPY_BYTES))
-                yield from [changed[name]] if name in changed else map(old.read, lengths)
-
-        _write(target, header, content())
-
-
-def _write(file: Path, header: dict[str, Any], content: Iterable[Tensor | bytes]) -> None:
-    """A safetensors file is the length of its header (8 bytes, little-endian), the header, JSON with every
-    tensor's dtype, shape and place, and the tensors' bytes (github.com/huggingface/safetensors, "Format")."""
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8 bytes
-    with open(file, "wb") as opened:
-        opened.write(len(encoded).to_bytes(8, "little") + encoded)
-        for one in content:
-            if isinstance(one, Tensor):  # flat, since a single number cannot be seen as bytes
-                one = one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            opened.write(one)
-            del one  # before the next is made
+            rows = getattr(model.get_submodule(name.rpartition(".")[0]), "token_adapter", None)
+            if rows is not None:
+                fill(rows.trainable_tokens_delta, tensor[rows.index], model.compute_dtype)
 
 
 def write_weights(directory: Path, tensors: Tensors, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -196,19 +163,28 @@ def write_index(directory: Path, shards: list[Path]) -> None:
     write_json(directory / INDEX, {"metadata": totals, "weight_map": weight_map})
 
 
-def write_tensors(file: Path | None, tensors: Tensors) -> None:
+def write_tensors(file: Path | None, tensors: Tensors, make: Callable[[str], Tensor] | None = None) -> None:
     """One safetensors file, to the byte what `safetensors.torch.save_file` writes, but as a stream: no more
-    than a tensor is held beside the model, and of a sharded one a part at a time. Then all processes call it,
-    with None for the file if they only give their parts."""
+    than a tensor is held beside the model, and of a sharded one a part at a time.
+
+    Then all processes call it, with None for the file if they only give their parts. make: name -> tensor,
+    called when its turn comes; `tensors`, on `meta`, then only say of which shapes and dtypes they will be.
+    The file is the length of its header (8 bytes, little-endian), the header, JSON with every tensor's dtype,
+    shape and place, and the tensors' bytes (github.com/huggingface/safetensors, "Format").
+    """
     header, end = {"__metadata__": {"format": "pt"}}, 0  # what transformers and PEFT look for
     names = sorted(tensors, key=lambda name: (-[*DTYPES].index(tensors[name].dtype), name))
     for name in names:
         tensor = tensors[name]
         span = [end, end := end + tensor.numel() * tensor.itemsize]
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": span}
-    content = (part for name in names for part in parts(tensors[name]))
+    content = (part for name in names for part in parts(make(name) if make else tensors[name]))
     if file is None:
         deque(content, maxlen=0)  # asks for them all
         return
-    with atomic_path(file) as temporary:
-        _write(temporary, header, content)
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8 bytes
+    with atomic_file(file, "wb") as opened:
+        opened.write(len(encoded).to_bytes(8, "little") + encoded)
+        for part in content:  # flat, since a single number cannot be seen as bytes
+            opened.write(part.cpu().contiguous().flatten().view(torch.uint8).numpy())

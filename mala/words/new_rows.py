@@ -5,7 +5,6 @@ D), float32, the base's own segmentation of the new pieces, and the config's ini
 Shapes: V_base and V rows before and after, D hidden size, N positions of text.
 """
 
-import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,7 @@ from mala.cli import UserError
 from mala.model import Llama, LlamaConfig
 from mala.storage.files import atomic_directory
 from mala.storage.tokenizer_files import copy_companions, write_extended
-from mala.storage.weights import WEIGHTS, read_tensors, rewrite_tensors, weight_files, write_index
+from mala.storage.weights import WEIGHTS, read_tensors, weight_files, write_index, write_tensors
 from mala.words.byte_level import load_tokenizer
 from mala.words.tokenizer import Tokenizer
 
@@ -165,9 +164,9 @@ def extend_model(
 def extend_checkpoint(
     source: Path, merged: Tokenizer, out: Path, init: str, seed: int, drawn: Text = (), where: Where = CPU
 ) -> None:
-    """`extend_model` from one checkpoint folder to another, which appears when it is complete. A matrix is in
-    memory while its shard is written, the model, loaded to `where`, for what is in FITS; all else is copied
-    as bytes. Raises UserError if `out` exists, if `source` is no such checkpoint, and as `extend_model`."""
+    """`extend_model` from one checkpoint folder to another, which appears when it is complete. A matrix is
+    made when its turn to be written comes; the model is loaded, to `where`, only for what is in FITS. Raises
+    UserError if `out` exists, if `source` is no such checkpoint, and as `extend_model`."""
     config = Llama.from_pretrained(source, device="meta").config  # refuses weights that are not the config's
     base, shards = load_tokenizer(source), weight_files(source)
     with atomic_directory(out) as temporary:
@@ -176,7 +175,6 @@ def extend_checkpoint(
             raise UserError(f"{merged.name}: adds no piece to {base.name}; nothing to extend")
         copy_companions(source, temporary)
         write_extended(source, base, merged, temporary)
-        found = {name: old for file in shards for name, old in read_tensors(file, MATRICES)}
         fitted = {}
         if init in FITS:
             device, dtype = where
@@ -185,18 +183,20 @@ def extend_checkpoint(
             fitted = {name: model.get_parameter(name).detach() for name in MATRICES}
             del model
 
-        def extended(name: str) -> Tensor:
+        def make(name: str) -> Tensor:
+            (_, old), *_ = read_tensors(file, [name])  # a map of its own: what was read of it goes with it
+            if name not in MATRICES:
+                return old
             name = EMBED_TOKENS if config.tie_word_embeddings else name
             if fitted:
-                return fitted[name].to("cpu", found[name].dtype)
+                return fitted[name].to("cpu", old.dtype)
             options = (len(base), segments, init, config.initializer_range)
-            return extended_matrix(found[name], *options, 2 * seed + (name == LM_HEAD))
+            return extended_matrix(old, *options, 2 * seed + (name == LM_HEAD))
 
         for file in tqdm(shards, desc="copying", unit="file", leave=False, disable=None):
-            names, target = [name for name, _ in read_tensors(file, MATRICES)], temporary / file.name
-            if names:  # the new matrices have no name here: they are gone before the next shard's are made
-                rewrite_tensors(file, target, {name: extended(name) for name in names})
-            else:
-                shutil.copyfile(file, target)
+            tensors = {name: tensor.to("meta") for name, tensor in read_tensors(file)}
+            for name in tensors.keys() & {*MATRICES}:
+                tensors[name] = tensors[name].new_empty(len(merged), config.hidden_size)
+            write_tensors(temporary / file.name, tensors, make)
         if shards != [source / WEIGHTS]:
             write_index(temporary, [temporary / file.name for file in shards])

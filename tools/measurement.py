@@ -60,12 +60,17 @@ def checksum(parameter: Tensor) -> int:
 
 
 def name_files(
-    parts: list[Measurement], folder: Path, model: Llama, tokenizer: Tokenizer, bench: str, protocol: str
+    parts: list[Measurement],
+    folder: Path,
+    model: Llama,
+    tokenizer: Tokenizer,
+    bench: str,
+    protocol: str | None,
 ) -> None:
     """Choose where predictions are kept: a digest of all they depend on tells what a run may go on with."""
     digest = hashlib.sha256(tokenizer.model)
     lora = getattr(model, "lora_config", None)
-    begins = tokenizer.bos_id if bench == "nll" or protocol == "natural" else None
+    begins = None if protocol == "published" else tokenizer.bos_id
     device = model.lm_head.weight.device.type
     for value in (VERSION, torch.__version__, vars(model.config), lora, begins, device, bench, protocol):
         digest.update(repr(value).encode())
