@@ -48,14 +48,14 @@ def peft_model(base, config: LoRAConfig = MALA, **changes):
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **{**settings, **changes}))
 
 
-def train(model, tokens, steps=5, lr=1e-2):
-    """A few steps, so that B is not zero. Returns the losses."""
+def train(model, tokens, steps=5, lr=1e-2, share=None):
+    """A few steps, so that B is not zero; with share=1 as train.py makes them. Returns the losses."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     for step in range(steps):
         x, y = tokens[step % 2 :: 2, :-1], tokens[step % 2 :: 2, 1:]
         if isinstance(model, Llama):
-            loss = model(x, targets=y)
+            loss = model(x, targets=y, share=share)
         else:
             loss = torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
         loss.backward()

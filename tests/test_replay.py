@@ -144,13 +144,13 @@ def test_token_files_that_do_not_know_their_bytes_are_made_anew(tmp_path):
 
 
 WRONG = [
-    (["--weights", "fao_Latn=2"], "name fao_Latn; expected one of amh_Ethi, swh_Latn"),
+    (["--weights", "fao_Latn=2"], "weights names fao_Latn; expected some of amh_Ethi, swh_Latn"),
     (["--weights", "swh_Latn"], "weights has 'swh_Latn', expected one positive number a language"),
     (["--weights", "swh_Latn=0"], "weights has 'swh_Latn=0'"),
     (["--weights", "swh_Latn=-1"], "weights has 'swh_Latn=-1'"),
     (["--weights", "swh_Latn=inf"], "weights has 'swh_Latn=inf'"),
     (["--weights", "swh_Latn=2,amh_Ethi=1,swh_Latn=2"], "weights has 'swh_Latn=2'"),
-    (["--base-langs", "deu_Latn"], "name deu_Latn; expected one of amh_Ethi, swh_Latn"),
+    (["--base-langs", "deu_Latn"], "base_langs names deu_Latn; expected some of amh_Ethi, swh_Latn"),
     (
         ["--replay-share", "0.1"],
         "replay_share is 0.1, expected a number between 0 and 1 with --replay, and none",

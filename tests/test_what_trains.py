@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import tiny_config
 from safetensors.torch import load_file
+from test_lora import train
 from test_train import SHORT, refuse, succeed
 
 from mala.cli import UserError
@@ -35,23 +36,6 @@ def tokens():
     return torch.randint(0, 100, (4, 17), generator=torch.Generator().manual_seed(1))
 
 
-def losses(model, tokens, steps=4):
-    """Of some steps of AdamW, as train.py makes them, or as a user of transformers does."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    found = []
-    for step in range(steps):
-        x, y = tokens[step % 2 :: 2, :-1], tokens[step % 2 :: 2, 1:]
-        if isinstance(model, Llama):
-            loss = model(x, targets=y, share=1.0)
-        else:
-            loss = torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
-
-
 # ---- New rows alone
 
 ROWS = {
@@ -75,7 +59,7 @@ def test_rows_train_as_in_peft_and_files_go_both_ways(kind, tokens, tmp_path):
     model = Llama.from_pretrained(base)
     load_adapter(model, tmp_path / "start")
 
-    ours, theirs = losses(model, tokens), losses(reference, tokens)
+    ours, theirs = train(model, tokens, 4, share=1.0), train(reference, tokens, 4)
     assert ours == pytest.approx(theirs, abs=1e-5) and ours[3] < ours[1]
     save_adapter(model, tmp_path / "ours", str(base))
     reference.save_pretrained(tmp_path / "theirs")
@@ -147,7 +131,7 @@ def test_training_all_weights_is_transformers_full_fine_tuning(changes, tokens, 
     model, reference = Llama.from_pretrained(base), transformers.LlamaForCausalLM.from_pretrained(base)
     train_all(model)
     assert trainable_parameters(model).keys() == dict(model.named_parameters()).keys()
-    ours, theirs = losses(model, tokens), losses(reference.float(), tokens)
+    ours, theirs = train(model, tokens, 4, share=1.0), train(reference.float(), tokens, 4)
     assert ours == pytest.approx(theirs, abs=1e-4) and ours[-1] < ours[0]
     expected = dict(reference.named_parameters())
     for name, weight in model.named_parameters():
@@ -338,12 +322,7 @@ WRONG = {
         "",
     ],
     "samples are shown at every --eval-every, which is not given": ["--samples", "swh_Latn"],
-    "weights, base_langs or samples name xxx_Latn; expected one of": [
-        "--samples",
-        "xxx_Latn",
-        "--eval-every",
-        "2",
-    ],
+    "samples names xxx_Latn; expected some of": ["--samples", "xxx_Latn", "--eval-every", "2"],
     "embedding_lr is -1.0, expected a positive number": ["--embedding-lr", "-1"],
     "invalid choice: 'some'": ["--train", "some"],
 }

@@ -43,15 +43,16 @@ IDENTITY = """langs held_out max_held_out text_field skip_bad_lines extend_vocab
 
 def open_corpora(settings: Settings) -> dict[str, Corpus]:
     """The corpus, "", and that of --replay, "replay", if there is one: the keys are folders in tokens/.
-    Raises UserError as `Corpus` does, and for a language of --weights or --base-langs without text."""
+    Raises UserError as `Corpus` does, and for a language without text that another setting names."""
     corpora = {"": Corpus.from_settings(settings)}
     if settings.replay:
         corpora["replay"] = Corpus.from_settings(replace(settings, langs=()), Path(settings.replay))
     found = {language for corpus in corpora.values() for language in corpus.languages}
-    named = {*settings.language_weights(), *settings.base_langs, *settings.samples} - {*Settings.base_langs}
-    if unknown := sorted(named - found):
-        setting = "weights, base_langs or samples name"
-        raise UserError(f"{setting} {unknown[0]}; expected one of {some(sorted(found))}")
+    named = {"weights": settings.language_weights(), "base_langs": settings.base_langs}
+    named["samples"] = settings.samples
+    for setting, languages in named.items():
+        if unknown := sorted({*languages} - found - {*Settings.base_langs}):
+            raise UserError(f"{setting} names {unknown[0]}; expected some of {some(sorted(found))}")
     return corpora
 
 
