@@ -162,6 +162,8 @@ class Run:
         self.base = self.out / "base" if settings.extend_vocab else Path(settings.model)  # of the adapter
         self.tokenizer = load_tokenizer(self.base)
         self.test_documents = Corpus(self.out / "held_out", held_out=1.0).load("test")
+        if missing := sorted({*settings.samples} - self.test_documents.keys()):
+            raise UserError(f"samples names {missing[0]}, of which no text is held out; leave it out")
         streams, *replay = open_tokens(settings, corpora)
         corpus_tokens, step_tokens = sum(map(len, streams.values())), settings.batch_size * settings.seq_len
         self.steps = settings.steps or math.ceil(settings.epochs * corpus_tokens / step_tokens)
@@ -203,7 +205,6 @@ class Run:
         torch.manual_seed(settings.seed)  # for A, which starts at random
         lora.start_lora(model)
         self.trained = lora.trainable_parameters(model)  # the model's own name -> parameter
-        # With --warmup-embeddings these wait.
         self.waiting = [weight for name, weight in self.trained.items() if not lora.saved_module_of(name)]
         adamw = AdamW8bit if settings.moments == "8bit" else torch.optim.AdamW
         groups = settings.parameter_groups(self.trained)
@@ -246,17 +247,19 @@ class Run:
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def continue_texts(self, tokens: int = 40) -> dict[str, str]:
-        """Of each language in --samples the first half of a held-out text, and what the model likes best
-        after it."""
+        """Of each language in --samples the first half of a held-out text, if that is not too long, and what
+        the model likes best after it."""
         texts = {}
         self.model.eval()
-        for language in filter(self.test_documents.__contains__, self.settings.samples):
-            words = self.test_documents[language][0].split(" ")
-            prompt = " ".join(words[: min(len(words) // 2, 20)])
-            ids = self.tokenizer.encode(prompt, bos=True)
+        tokens = min(tokens, self.model.config.max_position_embeddings // 2)
+        for language in self.settings.samples:
+            ids = self.tokenizer.encode(self.test_documents[language][0], bos=True)
+            ids = ids[: max(1, min(len(ids) // 2, tokens))]
             with self.eager():
                 new = generate(self.model, ids, tokens, temperature=0, ends=[self.tokenizer.bos_id])
-                texts[language] = f"{prompt} …" + "".join(stream(self.tokenizer, ids, new))
+                texts[language] = (
+                    self.tokenizer.decode(ids) + " …" + "".join(stream(self.tokenizer, ids, new))
+                )
         self.model.train()
         return texts
 
@@ -334,7 +337,8 @@ def check_input(settings: Settings, world: World, dtype: torch.dtype) -> tuple[T
     if settings.seq_len > (longest := shapes.config.max_position_embeddings):
         reads = f"{settings.model} reads {longest} tokens at most (max_position_embeddings)"
         raise UserError(f"seq_len is {settings.seq_len}, but {reads}")
-    lora.find_targets(shapes, settings.lora())
+    if settings.train == "lora":
+        lora.find_targets(shapes, settings.lora())
     if settings.head_lr and shapes.config.tie_word_embeddings:
         raise UserError("head_lr is given, but lm_head is embed_tokens here; give --embedding-lr alone")
     if settings.attend == "document" and tokenizer.bos_id is None:

@@ -271,3 +271,17 @@ def test_the_table_shows_languages_of_the_base_apart(capsys):
         and "mean of 3 languages: 136.7 -> 31.7" in lines[4]
         and len(lines) == 5
     )
+
+
+def test_a_replay_corpus_may_be_too_small_to_hold_text_out(tmp_path):
+    """And a text without spaces has a first half, too."""
+    for name, language, lines in (("data", "lao_Laoo", 20), ("replay", "eng_Latn", 4)):
+        (tmp_path / name).mkdir()
+        text = "".join(f"ພາສາລາວ{line}ບໍ່ມີຍະຫວ່າງ\n" for line in range(lines))
+        (tmp_path / name / f"{language}.txt").write_text(text, encoding="utf-8")
+    run = [*SHORT, "--langs", "lao_Laoo", "--extend-vocab", 0, "--data", tmp_path / "data", "--replay"]
+    run += [tmp_path / "replay", "--replay-share", 0.5, "--eval-every", 3, "--samples", "lao_Laoo"]
+    succeed("train.py", *run, "--out", tmp_path / "out")
+    assert [file.stem for file in (tmp_path / "out/held_out").iterdir()] == ["lao_Laoo"]
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert all(line["samples"]["lao_Laoo"].startswith("ພາ") for line in lines if "samples" in line)

@@ -16,7 +16,7 @@ from mala.cli import UserError
 from mala.cross_entropy import linear_cross_entropy
 from mala.lora import LoRAConfig, add_lora, merge_lora, train_all, trainable_parameters
 from mala.model import Llama, document_mask
-from mala.running.settings import Settings
+from mala.running.settings import RESULT, Settings
 from mala.storage.peft_adapter import load_adapter, save_adapter
 from tools.known_models import init_weights
 
@@ -80,6 +80,32 @@ def test_rows_train_as_in_peft_and_files_go_both_ways(kind, tokens, tmp_path):
     merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
         assert torch.allclose(merged(tokens).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_tied, rows", [
+    (True, {"embed_tokens": [5, 6], "lm_head": [5, 6]}), (True, {"model.embed_tokens": [5, 6]}),
+    (False, {"model.embed_tokens": [8], "lm_head": [9, 2]}),
+])  # fmt: skip
+def test_all_spellings_of_peft_load(is_tied, rows, tokens, tmp_path):
+    base = checkpoint(tmp_path / "base", tie_word_embeddings=is_tied)
+    reference = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], trainable_token_indices=rows, task_type="CAUSAL_LM"
+    )
+    reference = peft.get_peft_model(reference, config)
+    train(reference, tokens, 2)
+    reference.save_pretrained(tmp_path / "adapter")
+    model = Llama.from_pretrained(base)
+    load_adapter(model, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(tokens), reference.eval()(tokens).logits, atol=1e-5)
+
+
+def test_an_adapter_without_rows_says_nothing_of_them(tmp_path):
+    model = Llama(tiny_config())
+    add_lora(model, LoRAConfig())
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["trainable_token_indices"] is None
 
 
 @pytest.mark.parametrize("index", [slice(60, 100), [3, 77, 20]])
@@ -201,6 +227,21 @@ def test_the_checkpoint_of_all_weights_loads_in_transformers_and_evaluate_finds_
     assert ours.item() * (ids.numel() - 1) == pytest.approx(nll.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("first, then", [("lora", "all"), ("all", "lora")])
+def test_a_finished_result_is_not_replaced_by_one_of_another_kind(first, then, tmp_path, monkeypatch):
+    run = [*SHORT, "--out", tmp_path / "out", "--train"]
+    succeed("train.py", *run, first)
+    shutil.rmtree(tmp_path / "out/checkpoints")  # large, and no longer needed
+    assert f"had train {first}, this one has {then}" in refuse("train.py", [*run, then], monkeypatch)
+    assert (tmp_path / "out" / RESULT[first]).is_dir()
+
+
+def test_all_weights_need_no_settings_of_lora(tmp_path):
+    run = [*SHORT, "--train", "all", "--out", tmp_path / "out"]
+    succeed("train.py", *run, "--target-modules", "", "--modules-to-save", "")
+    assert "this run is finished" in succeed("train.py", *run, "--r", "64")
+
+
 def test_new_rows_train_alone_in_a_run(tmp_path):
     out = tmp_path / "out"
     succeed("train.py", *SHORT, "--train-rows", "new", "--out", out)
@@ -308,6 +349,7 @@ def test_without_a_terminal_each_logged_step_is_a_line_and_samples_are_shown(tmp
     metrics = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [set(line.get("samples", ())) for line in metrics] == [set(), {"swh_Latn", "amh_Ethi"}, set()]
     text = metrics[1]["samples"]["swh_Latn"]
+    assert all(" …" in sample and sample.partition(" …")[0] for sample in metrics[1]["samples"].values())
     first = json.loads((tmp_path / "out/held_out/swh_Latn.jsonl").read_text().splitlines()[0])["text"]
     assert " …" in text and first.startswith(text.partition(" …")[0]) and f"swh_Latn: {text}" in printed
 
@@ -323,7 +365,15 @@ WRONG = {
     ],
     "samples are shown at every --eval-every, which is not given": ["--samples", "swh_Latn"],
     "samples names xxx_Latn; expected some of": ["--samples", "xxx_Latn", "--eval-every", "2"],
+    "samples names eng_Latn; expected some of": ["--samples", "eng_Latn", "--eval-every", "2"],
+    "weights names eng_Latn; expected some of": ["--weights", "eng_Latn=2"],
     "embedding_lr is -1.0, expected a positive number": ["--embedding-lr", "-1"],
+    "head_lr is given, but modules_to_save lacks lm_head": [
+        "--head-lr",
+        "1",
+        "--modules-to-save",
+        "embed_tokens",
+    ],
     "invalid choice: 'some'": ["--train", "some"],
 }
 

@@ -72,6 +72,8 @@ class Published(Task):
         for line, cells in read_json_lines(file) if file.suffix == ".jsonl" else self.read_table(file):
             try:
                 text, choices, right = self.ask(cells, language)
+                if not all(choices):
+                    raise ValueError("an empty choice")
                 rows.append(Row(str(len(rows)), choices[range(len(choices))[right]], text, choices))
             except (KeyError, ValueError, IndexError, AttributeError, TypeError):
                 expected = f"a row of {type(self).__name__}: {', '.join(self.columns)}"
@@ -229,6 +231,10 @@ class EmmaTaxi1500(Emma, Taxi1500):
                 continue
             if cells is not None and len(cells) == 3:
                 kept.append(Row(*cells, self.labels))
+        if not kept:
+            raise UserError(
+                f"{self.path(language, split)}: no row can be read as CSV; leave the language out"
+            )
         return kept
 
 

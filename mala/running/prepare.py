@@ -22,7 +22,7 @@ import torch
 
 from mala.cli import UserError
 from mala.data import Stream, file_digests, open_streams, tokenise
-from mala.running.settings import RESULT, Settings
+from mala.running.settings import OF_LORA, RESULT, Settings
 from mala.storage import training_checkpoint
 from mala.storage.corpus import Corpus, some
 from mala.storage.files import atomic_directory, lock, read_json, write_json
@@ -36,9 +36,9 @@ from mala.words.tokenizer import Tokenizer
 
 # The settings that decide, with the checkpoint and the corpus, what is trained on what. Others, such as the
 # learning rate, may be changed on the way.
-IDENTITY = """langs held_out max_held_out text_field skip_bad_lines extend_vocab vocab_method init r
+IDENTITY = """train langs held_out max_held_out text_field skip_bad_lines extend_vocab vocab_method init r
     lora_alpha lora_dropout use_rslora target_modules modules_to_save seq_len batch_size alpha seed
-    moments train train_rows attend warmup_embeddings sample_by weights replay_share""".split()
+    moments train_rows attend warmup_embeddings sample_by weights replay_share""".split()
 
 
 def open_corpora(settings: Settings) -> dict[str, Corpus]:
@@ -51,7 +51,8 @@ def open_corpora(settings: Settings) -> dict[str, Corpus]:
     named = {"weights": settings.language_weights(), "base_langs": settings.base_langs}
     named["samples"] = settings.samples
     for setting, languages in named.items():
-        if unknown := sorted({*languages} - found - {*Settings.base_langs}):
+        default = getattr(Settings, setting) or ()
+        if unknown := sorted({*languages} - found - {*default}):
             raise UserError(f"{setting} names {unknown[0]}; expected some of {some(sorted(found))}")
     return corpora
 
@@ -85,6 +86,7 @@ def prepare(
     files = file_digests(list(chain.from_iterable(of_languages)), earlier.get("files", {}))
     identity = {name: getattr(settings, name) for name in IDENTITY} | {"langs": sorted(set(settings.langs))}
     identity |= {"model": checkpoint_digest(model), "replay": None}
+    identity |= dict.fromkeys(OF_LORA) if settings.train == "all" else {}
     identity |= {name or "data": corpus_digest(corpus, files) for name, corpus in corpora.items()}
     identity = json.loads(json.dumps(identity))  # as it comes back from a file: lists, no tuples
     checkpoint = choose_checkpoint(settings, earlier, identity)
@@ -124,7 +126,7 @@ def choose_checkpoint(settings: Settings, earlier: dict[str, Any], identity: dic
     if checkpoint:
         file, state = checkpoint / training_checkpoint.STATE, training_checkpoint.read_state(checkpoint)
         check_identity(file, state["identity"], identity, settings)
-    is_kept = checkpoint or (out / RESULT[settings.train]).is_dir()  # else it is unfinished, and replaced
+    is_kept = checkpoint or any((out / name).is_dir() for name in RESULT.values())  # else it is replaced
     if earlier.get("identity") and is_kept:
         check_identity(out / "run.json", earlier["identity"], identity, settings)
     return checkpoint
@@ -177,8 +179,11 @@ def make_base(settings: Settings, corpora: dict[str, Corpus], where: Where, clea
     run left goes, its checkpoints if `clear_all`. Raises UserError as `prepare` does."""
     out, model = Path(settings.out), Path(settings.model)
     base_tokenizer = load_tokenizer(model)
-    parts = [(corpus.load("test"), corpus.stream("train")) for corpus in corpora.values()]
-    test_documents, train_documents = parts[-1][0] | parts[0][0], parts[0][1]  # of replay only what is more
+    train_documents, *_ = [corpus.stream("train") for corpus in corpora.values()]  # each must have some
+    test_documents = corpora[""].load("test")
+    for language in corpora["replay"].languages if settings.replay else ():
+        if texts := list(corpora["replay"].documents(language, "test")):
+            test_documents.setdefault(language, texts)  # of one in both those of the corpus are measured
     if settings.extend_vocab:
         words = count_words(sample(train_documents, settings.alpha, settings.seed), base_tokenizer.words)
         if settings.vocab_method == "union":

@@ -18,8 +18,8 @@ from mala.words.new_rows import INITS
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CHECKPOINTING = ("auto", "on", "off")  # auto: as many of the blocks as must be for the memory there is
+OF_LORA = "r lora_alpha lora_dropout use_rslora target_modules modules_to_save".split()  # not for `all`
 RESULT = {"lora": "adapter", "all": "model"}  # what `train` leaves in --out
-ATTEND = ("block", "document")
 METHODS = ("continue", "union")  # further merges on the base's own, or pieces learnt apart, as MaLA-500
 
 
@@ -56,7 +56,7 @@ class Settings(Reading):
     seq_len: int = option(128, "tokens a block")
     batch_size: int = option(16, "blocks an optimizer step")
     micro_batch_size: int | None = option(None, "blocks a forward pass, the rest accumulates; default: all")
-    attend: str = option("block", "a token sees what is before it in its block, or document", ATTEND)
+    attend: str = option("block", "how far back a token sees in a block", ("block", "document"))
     lr: float = option(5e-3, "highest learning rate")
     embedding_lr: float | None = option(None, "that of embed_tokens; default: --lr")
     head_lr: float | None = option(None, "that of lm_head; default: --embedding-lr")
@@ -66,7 +66,7 @@ class Settings(Reading):
     weight_decay: float = option(0.1, "AdamW's")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     alpha: float = option(0.3, "languages are drawn by n^alpha, n what --sample-by counts")
-    sample_by: str = option("documents", "bytes: line breaks change nothing then", ("documents", "bytes"))
+    sample_by: str = option("documents", "what n counts in training; bytes: of text", ("documents", "bytes"))
     weights: tuple[str, ...] | None = option(None, "eng_Latn=2,…: times n^alpha; not for the vocabulary")
     seed: int = option(0, "decides, with settings and corpus, every bit of the result on one machine")
 
@@ -116,6 +116,9 @@ class Settings(Reading):
             raise UserError("train is all and train_rows is new; expected only one of the two")
         if self.train == "lora" and self.warmup_embeddings and not self.modules_to_save:
             raise UserError("warmup_embeddings takes modules_to_save, which is empty: nothing would train")
+        for rate, module in (("embedding_lr", "embed_tokens"), ("head_lr", "lm_head")):
+            if self.train == "lora" and getattr(self, rate) and module not in self.modules_to_save:
+                raise UserError(f"{rate} is given, but modules_to_save lacks {module}, so it does not train")
         if self.samples and not self.eval_every:
             raise UserError("samples are shown at every --eval-every, which is not given; give it, too")
 
@@ -126,20 +129,20 @@ class Settings(Reading):
             language, _, number = entry.partition("=")
             weight = float(number) if number.replace(".", "", 1).isdecimal() else 0.0
             if not 0 < weight < 1e6 or language in weights:
-                raise UserError(f"weights has {entry!r}, expected one positive number a language: eng_Latn=2")
+                raise UserError(
+                    f"weights has {entry!r}, expected one positive number a language: eng_Latn=2.5"
+                )
             weights[language] = weight
         return weights
 
     def lora(self) -> LoRAConfig:
-        names = "r lora_alpha lora_dropout target_modules modules_to_save use_rslora".split()
-        return LoRAConfig(**{name: getattr(self, name) for name in names})
+        return LoRAConfig(**{name: getattr(self, name) for name in OF_LORA})
 
     def choose_trained(self, model: Llama, old_rows: int) -> None:
-        """Freeze what of a model does not train, make float32 what does. old_rows: the base's, that are not
-        new."""
-        config = self.lora()
+        """Freeze what does not train, make float32 what does. old_rows: the base's, which are not new."""
         if self.train == "all":
             return train_all(model)
+        config = self.lora()
         if self.train_rows == "new":
             new = list(range(old_rows, model.config.vocab_size))
             names = SAVEABLE[:1] if model.config.tie_word_embeddings else config.modules_to_save

@@ -48,8 +48,9 @@ def read_adapter_config(directory: Path, config_class: type) -> Any:
     for key in ("layers_to_transform", "layers_pattern"):  # PEFT takes one of them without a list, too
         if not isinstance(given.get(key, []), list):
             given[key] = [given[key]] if given[key] != "" else []
-    if isinstance(rows := given.get("trainable_token_indices"), list):
-        given["trainable_token_indices"] = {"embed_tokens": rows}
+    if rows := given.pop("trainable_token_indices", None):
+        rows = {"embed_tokens": rows} if isinstance(rows, list) else rows
+        given["trainable_token_indices"] = {name.removeprefix("model."): ids for name, ids in rows.items()}
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     given["modules_to_save"] = tuple(str(name).removeprefix("model.") for name in given["modules_to_save"])
     try:

@@ -47,6 +47,7 @@ def save_adapter(model: Llama, directory: str | Path | None, base: str = "") -> 
         return
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
     config = {**asdict(model.lora_config), **settings, "base_model_name_or_path": base}
+    config["trainable_token_indices"] = config["trainable_token_indices"] or None  # as PEFT writes it
     write_json(Path(directory) / "adapter_config.json", config)
 
 
@@ -60,6 +61,9 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
     """
     directory = Path(directory)
     config = read_adapter_config(directory, LoRAConfig)
+    rows = config.trainable_token_indices
+    if model.config.tie_word_embeddings and rows.get("lm_head") == rows.get("embed_tokens"):
+        rows.pop("lm_head", None)  # PEFT takes both names for the one matrix
     if has_adapter(model):
         raise UserError(f"{directory}: the model has an adapter already; merge it first")
     file, tensors = _read_adapter(directory)
