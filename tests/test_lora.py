@@ -22,16 +22,20 @@ from tools.merge_command import main
 MALA = LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.0)
 
 
-@pytest.fixture
-def base(tmp_path):
+def checkpoint(folder, **changes):
     """A random checkpoint on disk."""
-    model = Llama(tiny_config())
+    model = Llama(tiny_config(**changes))
     init_weights(model, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(1.0 if "norm" in name else 10.0)
-    model.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path):
+    return checkpoint(tmp_path / "base")
 
 
 @pytest.fixture

@@ -312,6 +312,14 @@ MISTAKES = {
 }
 
 
+def test_a_quote_that_is_not_closed_is_a_sentence(tmp_path):
+    write_rows(tmp_path, "afrisenti")
+    (file,) = tmp_path.glob("**/swa/test.tsv")
+    file.write_text(file.read_text(encoding="utf-8") + '"' + "never closed " * 20_000, encoding="utf-8")
+    with pytest.raises(UserError, match=r"swa/test\.tsv: line \d+ is no CSV with tabs .*; download"):
+        ALL_TASKS["afrisenti"](tmp_path).rows("swh_Latn", "test")
+
+
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_a_mistake_is_one_sentence(arguments, tmp_path):
     bench = arguments.split()[1]

@@ -9,7 +9,7 @@ import torch
 import transformers
 from conftest import tiny_config
 from safetensors.torch import load_file
-from test_lora import train
+from test_lora import checkpoint, train
 from test_train import SHORT, refuse, succeed
 
 from mala.cli import UserError
@@ -18,17 +18,6 @@ from mala.lora import LoRAConfig, add_lora, merge_lora, train_all, trainable_par
 from mala.model import Llama, document_mask
 from mala.running.settings import RESULT, Settings
 from mala.storage.peft_adapter import load_adapter, save_adapter
-from tools.known_models import init_weights
-
-
-def checkpoint(folder, **changes):
-    model = Llama(tiny_config(**changes))
-    init_weights(model, 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(1.0 if "norm" in name else 10.0)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 
@@ -55,32 +55,6 @@ Outcome = tuple[list[str], dict[str, str]]  # languages written; language or fil
 
 
 @dataclass
-class SIB200Settings:
-    """Download SIB-200."""
-
-    langs: tuple[str, ...] = option((), "get these languages only, such as swh_Latn")
-    out: Path = option(Path("data/sib200"), "the folder to write to")
-
-    bench = "sib200"
-
-    def run(self) -> Outcome:
-        return download_sib200(self.out, self.langs)
-
-
-@dataclass
-class Taxi1500Settings:
-    """Download Taxi1500: its English labels and the Bibles that are free, 786 MB."""
-
-    langs: tuple[str, ...] = option((), "get these languages only, such as swh_Latn")
-    out: Path = option(Path("data/taxi1500"), "the folder to write to")
-
-    bench = "taxi1500"
-
-    def run(self) -> Outcome:
-        return download_taxi1500(self.out, self.langs)
-
-
-@dataclass
 class BuildTaxi1500Settings:
     """Make Taxi1500 for the languages of Bible editions that you have."""
 
@@ -97,32 +71,38 @@ class BuildTaxi1500Settings:
         return build_taxi1500(self.labels, map(Path, self.verses), self.out, self.min_verses)
 
 
-def settings_of(name: str, what: str, download: Callable[[Path, tuple[str, ...]], Outcome]) -> type:
-    """Settings like those of SIB-200, for a benchmark that `download` gets."""
+# What is downloaded as it is published.
+DOWNLOADS = {
+    "sib200": "SIB-200.",
+    "taxi1500": "Taxi1500: its English labels and the Bibles that are free, 786 MB.",
+    **{name: f"{ALL_TASKS[name].__name__}." for name in SOURCES},
+    "flores200": "FLORES-200, 26 MB.",
+    "pbc": "the free editions of the Parallel Bible Corpus, 786 MB.",
+}
+
+
+def settings_of(name: str) -> type:
+    """The settings of a command that downloads one of DOWNLOADS."""
     fields = [
         ("langs", tuple[str, ...], option((), "get these languages only, such as swh_Latn")),
         ("out", Path, option(Path("data") / name, "the folder to write to")),
     ]
     bench = name if name in ALL_TASKS else "nll"
-    inside = {"bench": bench, "run": lambda self: download(self.out, self.langs), "__doc__": what}
-    return make_dataclass(f"{name}_settings", fields, namespace=inside)
-
-
-COMMANDS = {"sib200": SIB200Settings, "taxi1500": Taxi1500Settings, "build-taxi1500": BuildTaxi1500Settings}
-COMMANDS |= {
-    name: settings_of(
-        name,
-        f"Download {ALL_TASKS[name].__name__}.",
-        lambda out, langs, name=name: download_published(name, out, langs),
+    inside = {"bench": bench, "run": lambda self: download(name, self.out, self.langs)}
+    return make_dataclass(
+        f"{name}_settings", fields, namespace={**inside, "__doc__": f"Download {DOWNLOADS[name]}"}
     )
-    for name in SOURCES
-}
-COMMANDS["flores200"] = settings_of(
-    "flores200", "Download FLORES-200, 26 MB.", lambda out, langs: download_flores(out, langs)
-)
-COMMANDS["pbc"] = settings_of(
-    "pbc", "Download the free editions of the Parallel Bible Corpus, 786 MB.", lambda *to: download_pbc(*to)
-)
+
+
+COMMANDS = {name: settings_of(name) for name in DOWNLOADS} | {"build-taxi1500": BuildTaxi1500Settings}
+
+
+def download(name: str, out: Path, languages: Collection[str]) -> Outcome:
+    """Fetch one of DOWNLOADS."""
+    if name in SOURCES:
+        return download_published(name, out, languages)
+    own = {"sib200": download_sib200, "taxi1500": download_taxi1500, "flores200": download_flores}
+    return (own | {"pbc": download_pbc})[name](out, languages)
 
 
 def download_sib200(out: Path, languages: Collection[str] = (), hub: str = HUB) -> Outcome:

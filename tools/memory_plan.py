@@ -109,7 +109,7 @@ def recomputed_blocks(model: Llama, settings: Settings, world: World, free: floa
 
 def _parameters_and_gradients(model: Llama, step: Step) -> Iterator[StagedPart]:
     e, P, elements = model.compute_dtype.itemsize, step.processes, largest_trained(model)
-    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    trained = trained_elements(model)
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
     shard = f" / {P}" if P > 1 else ""
     yield "frozen parameters", f"{frozen:,} x {e}{shard}", frozen * e // P, ALWAYS

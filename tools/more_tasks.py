@@ -91,9 +91,13 @@ class Published(Task):
             found = f"{file}: the header is {' '.join(header)[:80]!r}"
             raise UserError(f"{found}, expected {', '.join(missing)} in it; download the file again")
         header = self.columns if self.by_place else header
-        for cells in rows:
-            if cells:
-                yield rows.line_num, dict(zip(header, cells))
+        try:
+            for cells in rows:
+                if cells:
+                    yield rows.line_num, dict(zip(header, cells))
+        except csv.Error as error:  # a quote that is not closed takes in the rest of the file
+            found = f"{file}: line {rows.line_num} is no CSV with tabs ({error})"
+            raise UserError(f"{found}; download the file again") from None
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[int, Cells]]:
