@@ -203,9 +203,9 @@ def open_part(file: Path, dtype: str, documents: int, tokens: int, first: int) -
     return stream[: tokens - int(lengths[max(0, first) :].sum())]
 
 
-def open_streams(corpus: Corpus, root: Path, by_bytes: bool = False) -> dict[str, Stream]:
-    """language -> its training tokens, left in `root` by `tokenise`. by_bytes: their size is that of the
-    text, in UTF-8. Raises UserError if there are none."""
+def open_streams(corpus: Corpus, root: Path, by: str = "documents") -> dict[str, Stream]:
+    """language -> its training tokens, left in `root` by `tokenise`. by: what their size counts, documents,
+    bytes of text, in UTF-8, or tokens. Raises UserError if there are none."""
     index, streams = read_json(root / "index.json"), {}
     for language in corpus.languages:
         parts = [part for part in index["languages"].get(language, []) if part["tokens"]]
@@ -218,8 +218,9 @@ def open_streams(corpus: Corpus, root: Path, by_bytes: bool = False) -> dict[str
             left -= part["documents"]
             # Of a file that is partly held out, in proportion to the tokens.
             text_bytes += part.get("text_bytes", 0) * len(maps[-1]) / part["tokens"]
-        if any(map(len, maps)):
-            streams[language] = Stream(maps, end, text_bytes if by_bytes else end)
+        if tokens := sum(map(len, maps)):
+            sizes = {"documents": end, "bytes": text_bytes, "tokens": tokens}
+            streams[language] = Stream(maps, end, sizes[by])
     if not streams:
         raise UserError(f"{corpus.root}: held_out {corpus.held_out} leaves no document to train on; lower it")
     return streams

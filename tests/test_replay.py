@@ -111,13 +111,24 @@ def test_sampling_by_bytes_knows_no_line_breaks(tmp_path):
     for name in ("lines", "whole"):
         make(tmp_path / name, tmp_path / f"{name}.tokens")
         corpus = Corpus(tmp_path / name, held_out=0.0)
-        for by_bytes in (False, True):
-            opened = open_streams(corpus, tmp_path / f"{name}.tokens", by_bytes)
-            sizes[name, by_bytes] = [opened[language].size for language in ("swh_Latn", "amh_Ethi")]
-    assert sizes["lines", False] == [48, 1] and sizes["whole", False] == [1, 1]
+        for by in ("documents", "bytes"):
+            opened = open_streams(corpus, tmp_path / f"{name}.tokens", by)
+            sizes[name, by] = [opened[language].size for language in ("swh_Latn", "amh_Ethi")]
+    assert sizes["lines", "documents"] == [48, 1] and sizes["whole", "documents"] == [1, 1]
     amharic = len(LINES[3].encode())
-    assert sizes["whole", True] == [len(text.encode()), amharic]
-    assert sizes["lines", True] == [len(text.encode()) - 47, amharic]  # 47 line breaks belong to no document
+    assert sizes["whole", "bytes"] == [len(text.encode()), amharic]
+    # 47 line breaks belong to no document.
+    assert sizes["lines", "bytes"] == [len(text.encode()) - 47, amharic]
+
+
+def test_sampling_by_tokens_with_alpha_1_reads_every_text_equally_often(tmp_path):
+    write_corpus(tmp_path / "corpus", swh_Latn=LINES * 9, amh_Ethi=[LINES[3]] * 30)
+    make(tmp_path / "corpus", tmp_path / "tokens")
+    streams = open_streams(Corpus(tmp_path / "corpus", held_out=0.0), tmp_path / "tokens", "tokens")
+    assert all(stream.size == len(stream) for stream in streams.values())
+    batches = Batches(streams, 16, 8, steps := 4000, alpha=1, seed=0)
+    read = np.bincount(batches.language_of_row.flat) * 16 / [len(stream) for stream in streams.values()]
+    assert read == pytest.approx(steps * 8 * 16 / sum(map(len, streams.values())), rel=0.05)
 
 
 def test_the_bytes_of_what_is_held_out_do_not_count(tmp_path):
@@ -125,7 +136,7 @@ def test_the_bytes_of_what_is_held_out_do_not_count(tmp_path):
     documents = ["a short one", "another that is a little longer"] * 50
     write_corpus(tmp_path / "corpus", eng_Latn=documents)
     make(tmp_path / "corpus", tmp_path / "tokens", held_out=0.2)
-    opened = open_streams(Corpus(tmp_path / "corpus", held_out=0.2), tmp_path / "tokens", by_bytes=True)
+    opened = open_streams(Corpus(tmp_path / "corpus", held_out=0.2), tmp_path / "tokens", by="bytes")
     assert opened["eng_Latn"].documents == 80
     assert opened["eng_Latn"].size == pytest.approx(sum(len(text.encode()) for text in documents[:80]))
 

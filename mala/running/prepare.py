@@ -60,8 +60,8 @@ def open_corpora(settings: Settings) -> dict[str, Corpus]:
 def open_tokens(settings: Settings, corpora: dict[str, Corpus]) -> list[dict[str, Stream]]:
     """The streams of the corpora, of token files that `prepare` left. Those of replay have weights with which
     they are drawn for its share of the rows, and so of the tokens: all rows are equally long."""
-    tokens, by_bytes = Path(settings.tokens or f"{settings.out}/tokens"), settings.sample_by == "bytes"
-    opened = [open_streams(corpus, tokens / name, by_bytes) for name, corpus in corpora.items()]
+    tokens = Path(settings.tokens or f"{settings.out}/tokens")
+    opened = [open_streams(corpus, tokens / name, settings.sample_by) for name, corpus in corpora.items()]
     for language, weight in settings.language_weights().items():
         for stream in (streams[language] for streams in opened if language in streams):
             stream.weight = weight
@@ -200,13 +200,8 @@ def make_base(settings: Settings, corpora: dict[str, Corpus], where: Where, clea
     write_json(out / "run.json", {})  # the folder is ours; if nothing can be written this fails now
     for name in ("nll.json", "metrics.jsonl", "loss.png", "nll.png"):
         (out / name).unlink(missing_ok=True)
-    for name in (
-        *RESULT.values(),
-        "base",
-        "held_out",
-        "tensorboard",
-        *(["checkpoints"] if clear_all else []),
-    ):
+    kept = [] if clear_all else ["checkpoints"]
+    for name in {*RESULT.values(), "base", "held_out", "tensorboard", "checkpoints"}.difference(kept):
         shutil.rmtree(out / name, ignore_errors=True)
     with atomic_directory(out / "held_out") as folder:
         for language, texts in test_documents.items():
