@@ -55,9 +55,7 @@ class Settings(Reading, ModelSettings):
     shots: int | None = option(None, "labelled examples before each question; default: the benchmark's")
     seed: int | None = option(None, "chooses the shots and their order; default: 1234, with emma 42")
     seeds: tuple[int, ...] = option((), "several of them, for the spread over choices of shots")
-    protocol: str | None = option(
-        None, "how questions are asked, docs/evaluation.md; default: the benchmark's", (*PROTOCOLS, "emma")
-    )
+    protocol: str | None = option(None, "how questions are asked; default: the task's", (*PROTOCOLS, "emma"))
     limit: int | None = option(None, "measure at most this many documents or examples a language")
     group_by: str | None = option(None, "macro-averages of groups of languages, too", choices=("script",))
     compare: tuple[str, ...] = option((), "two results.json, or their folders: print what changed")

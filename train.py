@@ -257,9 +257,8 @@ class Run:
             ids = ids[: max(1, min(len(ids) // 2, tokens))]
             with self.eager():
                 new = generate(self.model, ids, tokens, temperature=0, ends=[self.tokenizer.bos_id])
-                texts[language] = (
-                    self.tokenizer.decode(ids) + " …" + "".join(stream(self.tokenizer, ids, new))
-                )
+                said = "".join(stream(self.tokenizer, ids, new))
+                texts[language] = f"{self.tokenizer.decode(ids)} …{said}"
         self.model.train()
         return texts
 

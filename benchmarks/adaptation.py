@@ -4,7 +4,7 @@
 
 model: SmolLM2-135M with its own tokenizer.json, twin: the same with a SentencePiece tokenizer; both come from
 benchmarks/smollm2.py. data: a folder with bible/, udhr/, sib200/ and taxi1500/. An arm of adaptation.toml is
-one run of train.py. It is measured on text that no arm trains on:
+one run of train.py. It is measured on text that no arm trains on, and for which no setting was chosen:
 
 - verses from the last fifth of each New Testament; the training text is the beginning;
 - the Universal Declaration of Human Rights: another domain, and English;
@@ -17,16 +17,17 @@ and its picture. After an interruption the same command goes on: what is done is
 
 import argparse
 import contextlib
+import gc
+import hashlib
 import json
-import math
 import os
-import platform
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import evaluate
-from benchmarks.adaptation_report import fill_docs, report
-from mala.cli import UserError, choose_device, run
+import train
+from benchmarks.adaptation_report import ENGLISH, check_docs, fill_docs, report, without_english
+from mala.cli import UserError, choose_device, parse, run
 from mala.generate import generate
+from mala.lora import merge_lora
 from mala.running.distributed import World
-from mala.storage.files import atomic_file, lock, read_json, write_json
+from mala.scoring import predict_documents
+from mala.storage.files import atomic_directory, lock, read_json, write_json
 from mala.storage.model_by_name import load_model
 from mala.words.byte_level import load_tokenizer
 from tools.comparison import compare_runs
@@ -53,7 +57,6 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGLISH = "eng_Latn"
 BENCHES = ("sib200", "taxi1500")
 
 
@@ -67,111 +70,153 @@ class Arm:
     settings: dict[str, Any] | None = None  # of train.py
     steps_of: str | None = None  # the arm whose number of steps it takes: equal compute
     few_shot: bool = False
-    speed: bool = False  # measure how fast it writes
+    speed: bool = False  # measure how fast it reads and writes
     scales: list[str] = field(default_factory=lambda: ["cores", "gpu"])
     seeds: dict[str, list[int]] = field(default_factory=dict)  # of a scale; default: 0
 
 
 def read_arms(file: Path, name: str) -> tuple[dict[str, Any], list[Arm]]:
-    """The settings of a scale, and its arms. Raises UserError for a key or a scale that is not known."""
-    table = tomllib.loads(file.read_text(encoding="utf-8"))
-    if name not in table["scale"]:
-        raise UserError(f"{file}: has no scale {name!r}, expected one of {', '.join(table['scale'])}")
-    scale = table["scale"][name]
+    """The settings of a scale, and its arms. Raises UserError for a mistake in the table."""
     try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        scale = table["scale"].get(name)
         arms = [Arm(key, **values) for key, values in table["arm"].items()]
-    except TypeError as error:
-        raise UserError(f"{file}: an arm has a key that is not known ({error})") from None
-    for arm in arms:
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: is no table of scales and arms ({error}); see benchmarks/adaptation.toml"
+        ) from None
+    if scale is None:
+        raise UserError(f"{file}: has no scale {name!r}, expected one of {', '.join(table['scale'])}")
+    arms = [arm for arm in arms if name in arm.scales]
+    for number, arm in enumerate(arms):
         if arm.settings is not None:
-            arm.settings = table["all"] | scale["settings"] | arm.settings
-    return scale, [arm for arm in arms if name in arm.scales]
+            arm.settings = table.get("all", {}) | scale["settings"] | arm.settings
+        if arm.steps_of and arm.steps_of not in [earlier.name for earlier in arms[:number]]:
+            raise UserError(
+                f"{file}: arm {arm.name}: no arm {arm.steps_of!r} runs before it, as steps_of says"
+            )
+    if arms[0].name != "base" or not (arms[0].few_shot and arms[0].speed):
+        raise UserError(
+            f"{file}: the first arm must be base, with few_shot and speed: all are compared with it"
+        )
+    return scale, arms
 
 
 def write_text(data: Path, scale: dict[str, Any], out: Path) -> list[str]:
-    """Write out/corpus, what arms train on, out/bible and out/declaration, what they are measured on, and
-    out/replay, English from Python's own reference. Returns the languages."""
+    """Fill the folder `out`. Returns the languages. It gets
+
+    - corpus/: what is trained on, and what train.py measures on the way, which is in curve/, too;
+    - bible/ and declaration/: what is measured in the end;
+    - replay/: English from Python's own reference.
+    """
+    for name in ("bible", "udhr", *BENCHES):
+        if not (data / name).is_dir():
+            raise UserError(f"{data / name}: there is no such folder; --data takes one with it")
     files = {file.stem: file for file in sorted((data / "bible").glob("*.txt"))}
     languages = scale["languages"] or list(files)
     if missing := [language for language in languages if language not in files]:
-        raise UserError(f"{data}/bible: has no {missing[0]}.txt")
+        raise UserError(f"{data}/bible: has no {missing[0]}.txt, which the scale names")
 
     def write(name: str, lines: list[str]) -> None:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(out / name) as file:
-            file.writelines(line + "\n" for line in lines)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
-    for language in languages:
-        verses = files[language].read_text(encoding="utf-8").splitlines()
-        end = len(verses) * 4 // 5
-        later = verses[end:]
-        chosen = later[:: max(1, len(later) // scale["test_documents"])][: scale["test_documents"]]
-        write(f"corpus/{language}/train.txt", verses[:end][: scale["train_documents"]])
-        write(f"corpus/{language}/test.txt", chosen)
-        write(f"bible/{language}.txt", chosen)
-    for language in [*languages, ENGLISH]:
-        if (file := data / "udhr" / f"{language}.txt").exists():
-            write(f"declaration/{language}.txt", file.read_text(encoding="utf-8").splitlines())
-    english = list(dict.fromkeys(read_text()))
-    write(f"replay/{ENGLISH}/train.txt", english[8:])
-    write(f"replay/{ENGLISH}/test.txt", english[:8])
+    with atomic_directory(out, replace=True) as folder:
+        for language in languages:
+            verses = files[language].read_text(encoding="utf-8").splitlines()
+            end = len(verses) * 4 // 5
+            step = max(2, (len(verses) - end) // scale["test_documents"])
+            trained = verses[: min(end, scale["train_documents"])]
+            later = [verse for verse in verses[end:] if verse not in {*trained}]
+            watched = later[::step][: scale["settings"]["eval_documents"]]
+            write(f"corpus/{language}/train.txt", trained)
+            write(f"corpus/{language}/test.txt", watched)
+            write(f"curve/{language}.txt", watched)
+            write(f"bible/{language}.txt", later[step // 2 :: step][: scale["test_documents"]])
+        for language in [*languages, ENGLISH]:
+            if (file := data / "udhr" / f"{language}.txt").exists():
+                write(f"declaration/{language}.txt", file.read_text(encoding="utf-8").splitlines())
+        english = list(dict.fromkeys(read_text()))
+        write(f"replay/{ENGLISH}/train.txt", english[8:])
+        write(f"replay/{ENGLISH}/test.txt", english[:8])
     return languages
 
 
-def without_english(languages: list[str]) -> list[str]:
-    return [language for language in languages if language != ENGLISH]
+def digest(folder: Path) -> str:
+    """SHA-256 of all that a folder holds."""
+    content = hashlib.sha256()
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        content.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return content.hexdigest()
 
 
 class Experiment:
     """All arms of a scale, in turn."""
 
     def __init__(self, args: argparse.Namespace):
+        """Find mistakes in the table, the text or the bases before the first arm runs."""
         self.args, self.out = args, args.out
         self.scale, self.arms = read_arms(args.arms, args.scale)
         self.device, self.dtype = choose_device(self.scale["device"], self.scale["dtype"])
+        for base in (args.model, args.twin):
+            load_tokenizer(base)
         self.languages = write_text(args.data, self.scale, self.out / "text")
-
-    def run(self) -> dict[str, Any]:
-        """Run and measure what is not done yet. Returns what adaptation.json holds."""
-        found = {}
         for arm in self.arms:
-            for seed in arm.seeds.get(self.args.scale, [0]) if arm.settings else [0]:
-                key = f"{arm.name}-{seed}" if arm.settings else arm.name
-                folder = self.out / "runs" / key
-                folder.mkdir(parents=True, exist_ok=True)
-                command = (
-                    self.command(arm, seed, folder) if arm.settings else [str(vars(self.args)[arm.base])]
-                )
-                done = read_json(folder / "arm.json") if (folder / "arm.json").exists() else {}
-                if not done:
-                    began = time.perf_counter()
-                    done = {"arm": arm.name, "what": arm.what, "seed": seed, "command": command}
-                    done |= self.train(command, folder) if arm.settings else {}
-                    done |= self.measure(arm, folder)
-                    write_json(folder / "arm.json", done | {"seconds": time.perf_counter() - began})
-                elif done["command"] != command:
-                    raise UserError(f"{folder}: holds a run of another command; name another --out")
-                found[key] = done
-                bits = statistics.mean(one["bits_per_byte"] for one in done["bible"].values())
-                print(f"{key}: {bits:.3f} bits a byte, mean of {len(self.languages)} languages", flush=True)
+            if arm.settings:
+                parse(train.Settings, "", self.command(arm, 0, self.out, steps=1)[1:])
+        of_scale = {name: self.scale[name] for name in ("questions", "written", "dtype", "device")}
+        self.measured_on = of_scale | {"text": digest(self.out / "text"), "data": str(args.data)}
+
+    def run(self) -> None:
+        """Run and measure what is not done yet, and write adaptation.json after each arm."""
+        runs, failed = {}, []
         machine = torch.cuda.get_device_name() if self.device != "cpu" else f"{os.cpu_count()} CPU cores"
         figures = {"scale": self.args.scale, "languages": self.languages, "machine": machine}
-        figures |= {"torch": torch.__version__, "python": platform.python_version(), "arms": found}
-        return figures
+        figures |= {"torch": torch.__version__, "arms": runs}
+        for arm in self.arms:
+            for seed in arm.seeds.get(self.args.scale, [0]) if arm.settings else [None]:
+                key = arm.name if seed is None else f"{arm.name}-{seed}"
+                try:
+                    done = self.run_arm(arm, seed, key)
+                except UserError as error:  # the night goes on
+                    failed.append(str(error))
+                    print(f"{key}: {error}", flush=True)
+                    continue
+                runs[key] = {"arm": arm.name, "what": arm.what, "base": arm.base, "seed": seed, **done}
+                write_json(self.out / "adaptation.json", figures)
+                bits = statistics.mean(one["bits_per_byte"] for one in done["bible"].values())
+                print(f"{key}: {bits:.3f} bits a byte, mean of {len(self.languages)} languages", flush=True)
+        if failed:
+            raise UserError(f"{len(failed)} arms failed, the first: {failed[0]}")
 
-    def command(self, arm: Arm, seed: int, folder: Path) -> list[str]:
-        """The command line of train.py."""
+    def run_arm(self, arm: Arm, seed: int | None, key: str) -> dict[str, Any]:
+        """The figures of one run, from its arm.json if it is done. Raises UserError if that is of another."""
+        folder = self.out / "runs" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        command = self.command(arm, seed, folder) if arm.settings else [str(vars(self.args)[arm.base])]
+        is_first = seed in (None, *arm.seeds.get(self.args.scale, [0])[:1])
+        asked = {"few_shot": arm.few_shot and is_first, "speed": arm.speed and is_first, **self.measured_on}
+        file = folder / "arm.json"
+        done = read_json(file) if file.exists() else {"command": command}
+        if done["command"] != command:
+            raise UserError(f"{file}: was made by another command; name another --out")
+        if done.get("asked") != asked:
+            done |= {"asked": asked, **(self.train(command, folder) if arm.settings else {})}
+            done |= self.measure(arm, folder, asked)
+            write_json(file, done)
+            shutil.rmtree(folder / "train/checkpoints", ignore_errors=True)
+        return done
+
+    def command(self, arm: Arm, seed: int, folder: Path, steps: int | None = None) -> list[str]:
+        """The command line of train.py. steps: if that of the other arm's run is not known yet."""
         settings = dict(arm.settings)
         if arm.steps_of:
-            settings["steps"] = self.lines_of(self.out / "runs" / f"{arm.steps_of}-{seed}")[-1]["step"]
+            settings["steps"] = steps or self.lines_of(self.out / f"runs/{arm.steps_of}-{seed}")[-1]["step"]
         if settings.pop("replay", False):
             settings["replay"] = self.out / "text/replay"
-        settings |= {
-            "model": vars(self.args)[arm.base],
-            "data": self.out / "text/corpus",
-            "out": folder / "train",
-        }
-        settings |= {"device": self.scale["device"], "dtype": self.scale["dtype"], "seed": seed}
+        base, corpus = vars(self.args)[arm.base], self.out / "text/corpus"
+        settings |= {"model": base, "data": corpus, "out": folder / "train", "seed": seed}
+        settings |= {"device": self.scale["device"], "dtype": self.scale["dtype"]}
         flags = []
         for name, value in settings.items():
             text = ",".join(value) if isinstance(value, list) else str(value)
@@ -179,24 +224,26 @@ class Experiment:
         return ["train.py", *flags]
 
     def lines_of(self, folder: Path) -> list[dict[str, Any]]:
-        text = (folder / "train/metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return [json.loads(line) for line in open(folder / "train/metrics.jsonl", encoding="utf-8")]
 
     def train(self, command: list[str], folder: Path) -> dict[str, Any]:
         """Run train.py to its end, in a process of its own: its peak memory is the arm's."""
-        with open(folder / "train.log", "a", encoding="utf-8") as log:
-            words = [sys.executable, str(ROOT / command[0]), *command[1:]]
-            process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
-            try:
-                process.wait()
-            finally:  # an interruption: train.py saves a checkpoint
-                process.terminate()
-                process.wait()
         nll = folder / "train/nll.json"
-        if process.returncode or not nll.exists() or "after" not in read_json(nll):
-            ended = f"train.py ended with status {process.returncode} before its last step"
-            raise UserError(f"{folder}/train.log: {ended}; its last lines say why")
-        lines, speeds = self.lines_of(folder), []
+        if not (nll.exists() and "after" in read_json(nll)):
+            gc.collect()
+            torch.cuda.empty_cache()  # train.py plans with what is free
+            with open(folder / "train.log", "a", encoding="utf-8") as log:
+                words = [sys.executable, str(ROOT / command[0]), *command[1:]]
+                process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+                try:
+                    process.wait()
+                finally:  # an interruption: train.py saves a checkpoint
+                    process.terminate()
+                    process.wait()
+            if process.returncode or "after" not in read_json(nll):
+                ended = f"train.py ended with status {process.returncode} before its last step"
+                raise UserError(f"{folder}/train.log: {ended}; its last lines say why")
+        lines = self.lines_of(folder)
         speeds = [line["tokens_per_second"] for line in lines if "first_step_seconds" not in line]
         speed = statistics.median(speeds or [lines[-1]["tokens_per_second"]])
         return {
@@ -205,54 +252,42 @@ class Experiment:
             "tokens_per_second": speed,
             "minutes": lines[-1]["tokens"] / speed / 60,
             "peak_memory_gb": max(line["peak_memory_gb"] for line in lines),
-            "curve": [
-                [line["tokens"], self.bits(line["languages"])] for line in lines if "languages" in line
-            ],
         }
 
-    def bits(self, nats: dict[str, float]) -> float:
-        """The mean of the languages' bits per byte. nats: language -> nats a document, mean of the verses
-        that train.py measures on the way, the first ones."""
-        few, means = self.scale["settings"]["eval_documents"], []
-        for language in self.languages:
-            text = (self.out / f"text/bible/{language}.txt").read_text(encoding="utf-8")
-            sizes = [len(verse.encode()) for verse in text.splitlines()[:few]]
-            means.append(nats[language] / math.log(2) / statistics.mean(sizes))
-        return statistics.mean(means)
-
-    def bits_of(self, predictions: list[dict[str, Any]]) -> float:
-        """The same of predictions of evaluate.py."""
-        few, nats = self.scale["settings"]["eval_documents"], defaultdict(list)
-        for one in predictions:
-            if one["id"] < few:
-                nats[one["lang"]].append(one["nll"])
-        return self.bits({language: statistics.mean(values) for language, values in nats.items()})
-
-    def measure(self, arm: Arm, folder: Path) -> dict[str, Any]:
-        """Bits per byte and tokens a word of both texts, speeds of reading and writing, the benchmarks."""
+    def measure(self, arm: Arm, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+        """Bits per byte and tokens a word of the texts, the curve, and what else is asked of this run."""
         model = folder / "train" if arm.settings else vars(self.args)[arm.base]
-        texts = {name: self.evaluate(folder, model, "nll", name) for name in ("bible", "declaration")}
-        base, adapter = find_model(str(model), None)
-        tokenizer = load_tokenizer(base)
-        found = {name: result["languages"] for name, result in texts.items()}
-        for name, languages in found.items():
-            for language, figures in languages.items():
+        texts = ("bible", "declaration", "curve")
+        found = {name: self.evaluate(folder, model, "nll", name)["languages"] for name in texts}
+        for name in texts:
+            for language, figures in found[name].items():
                 text = (self.out / f"text/{name}/{language}.txt").read_text(encoding="utf-8")
-                figures["tokens_per_word"] = len(tokenizer.encode(text)) / len(text.split())
-        read = sum(one["bytes"] for one in texts["bible"]["languages"].values())
-        if not arm.settings:
-            lines = (folder / "bible/predictions.jsonl").read_text(encoding="utf-8").splitlines()
-            found["curve"] = [[0, self.bits_of([json.loads(line) for line in lines])]]
-        found["bytes_read_per_second"] = read / texts["bible"]["seconds"]
-        if arm.speed:
-            found["tokens_written_per_second"] = self.write_speed(base, adapter, tokenizer)
-        for bench in BENCHES if arm.few_shot else ():
+                figures["tokens_per_word"] = figures["tokens"] / len(text.split())
+        base, adapter = find_model(str(model), None)
+        found["new_tokens"] = len(load_tokenizer(base)) - len(load_tokenizer(vars(self.args)[arm.base]))
+        found["curve"] = self.curve(folder, found["curve"])
+        if asked["speed"]:
+            found |= self.speeds(base, adapter)
+        for bench in BENCHES if asked["few_shot"] else ():
             found[bench] = self.evaluate(folder, model, bench, None)["languages"]
             before, after = (self.out / "runs" / key / bench for key in ("base", folder.name))
             if before != after:
                 found[f"{bench}_change"] = compare_runs(before, after, list)["languages"]
                 found[f"{bench}_new"] = compare_runs(before, after, without_english)["macro"]
         return found
+
+    def curve(self, folder: Path, end: dict[str, dict]) -> list[list[float]]:
+        """[tokens read, bits per byte], the latter on the verses of text/curve. end: figures of the end."""
+        lines = self.lines_of(folder) if (folder / "train").exists() else []
+        points = []
+        for line in lines:
+            if "languages" in line:
+                # Of the same verses bits are as many times fewer as nats.
+                ratios = [line["languages"][one] / end[one]["nll_per_document"] for one in self.languages]
+                bits = [ratio * end[one]["bits_per_byte"] for ratio, one in zip(ratios, self.languages)]
+                points.append([line["tokens"], statistics.mean(bits)])
+        last = statistics.mean(end[one]["bits_per_byte"] for one in self.languages)
+        return [*points, [lines[-1]["tokens"] if lines else 0, last]]
 
     def evaluate(self, folder: Path, model: Path, bench: str, text: str | None) -> dict[str, Any]:
         """evaluate.py, in this process: what its results.json holds."""
@@ -264,17 +299,29 @@ class Experiment:
             evaluate.evaluate(settings, data, self.dtype, World(device=self.device))
         return read_json(out / "results.json")
 
-    def write_speed(self, base: Path, adapter: Path | None, tokenizer: Any) -> float:
-        """Tokens a second that the model writes after the beginning of a verse, one sequence at a time."""
-        model, _ = load_model(base, adapter, self.dtype, World(device=self.device))
+    def speeds(self, base: Path, adapter: Path | None) -> dict[str, float]:
+        """Bytes of the Bible's verses that the model, its adapter merged, reads a second, and tokens that it
+        writes a second, one sequence at a time: medians of three, after one that does not count."""
+        model, tokenizer = load_model(base, adapter, self.dtype, World(device=self.device))
+        if adapter:
+            merge_lora(model)
         model.config.eos_token_id = None  # so that no text ends early
-        verse = (self.out / f"text/bible/{self.languages[0]}.txt").read_text(encoding="utf-8").split("\n")[0]
-        speeds = []
-        for _ in range(3):
-            began = time.perf_counter()
-            count = len(list(generate(model, tokenizer.encode(verse)[:16], self.scale["written"], 0)))
-            speeds.append(count / (time.perf_counter() - began))
-        return statistics.median(speeds)
+        texts = [file.read_text(encoding="utf-8") for file in sorted((self.out / "text/bible").iterdir())]
+        verses = [verse for text in texts for verse in text.splitlines()]
+        prompt, written = tokenizer.encode(verses[0])[:16], self.scale["written"]
+
+        def seconds(work: Callable[[], Any]) -> float:
+            times = []
+            for _ in range(4):
+                began = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - began)
+            return statistics.median(times[1:])
+
+        read = seconds(lambda: predict_documents(model, tokenizer, "all", verses))
+        write = seconds(lambda: list(generate(model, prompt, written, temperature=0)))
+        size = sum(len(verse.encode()) for verse in verses)
+        return {"bytes_read_per_second": size / read, "tokens_written_per_second": written / write}
 
 
 def main() -> None:
@@ -285,12 +332,13 @@ def main() -> None:
     parser.add_argument("--arms", type=Path, default=Path(__file__).with_suffix(".toml"))
     parser.add_argument("--docs", type=Path, help="the folder of results.md, whose tables are replaced")
     args = parser.parse_args()
+    if args.docs:
+        check_docs(args.docs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: train.py is told, too
     args.out.mkdir(parents=True, exist_ok=True)
     with lock(args.out):
-        figures = Experiment(args).run()
-        write_json(args.out / "adaptation.json", figures)
-    tables = report(figures, args.out / "curves.png")
+        Experiment(args).run()
+    tables = report(read_json(args.out / "adaptation.json"), args.out / "curves.png")
     for table in tables.values():
         print("\n" + table)
     if args.docs:

@@ -4,18 +4,20 @@ import re
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from mala.cli import UserError
 from mala.storage.corpus import script_of
 from mala.storage.files import atomic_file, atomic_path
-from tools.pictures import picture
+from tools.pictures import is_available, picture
 
 ENGLISH = "eng_Latn"
 GOAL = 0.206  # MaLA-500's fall of the NLL on Glot500-c test, 190.6 -> 151.3
-Runs = list[dict[str, Any]]  # of an arm, one for each seed
+TABLES = ("arms", "languages", "extension", "few-shot")
+Run = dict[str, Any]  # the figures of one run
+Runs = list[Run]  # of an arm, one for each seed
 
 
 def report(figures: dict[str, Any], curves: Path) -> dict[str, str]:
@@ -23,35 +25,31 @@ def report(figures: dict[str, Any], curves: Path) -> dict[str, str]:
     arms = defaultdict(list)
     for run in figures["arms"].values():
         arms[run["arm"]].append(run)
-    draw_curves(arms, curves)
     main = {name: runs for name, runs in arms.items() if "tokens_written_per_second" in runs[0]}
-    tables = {
-        "arms": arms_table(arms),
-        "languages": languages_table(main),
-        "extension": extension_table(main),
-    }
     asked = {name: runs for name, runs in arms.items() if "taxi1500" in runs[0]}
-    return tables | {"few-shot": few_shot_table(asked)}
+    made = (arms_table(arms), languages_table(main), extension_table(main), few_shot_table(asked))
+    draw_curves(arms, curves)
+    return dict(zip(TABLES, made))
 
 
-def mean_bits(run: dict[str, Any], text: str, languages: Callable[[str], bool] = lambda _: True) -> float:
-    """Bits per byte, mean over the languages that are adapted to, of those that `languages` allows."""
-    chosen = [
-        one["bits_per_byte"]
-        for language, one in run[text].items()
-        if language != ENGLISH and languages(language)
-    ]
-    return statistics.mean(chosen)
+def without_english(languages: Iterable[str]) -> list[str]:
+    return [language for language in languages if language != ENGLISH]
 
 
-def over(runs: Runs, value: Callable[[dict], float], form: str) -> str:
+def bits(run: Run, text: str, members: Callable[[str], bool] = lambda _: True) -> float:
+    """Bits per byte of a text, mean of the adapted languages, of those that `members` allows."""
+    languages = [language for language in without_english(run[text]) if members(language)]
+    return statistics.mean(run[text][language]["bits_per_byte"] for language in languages)
+
+
+def over(runs: Runs, value: Callable[[Run], float], form: str) -> str:
     """The mean over the seeds and, of several, its standard deviation."""
     values = [value(run) for run in runs]
     spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{spread}"
 
 
-def change(runs: Runs, base: dict[str, Any], value: Callable[[dict], float]) -> str:
+def change(runs: Runs, base: Run, value: Callable[[Run], float]) -> str:
     return f"{statistics.mean(map(value, runs)) / value(base) - 1:+.1%}".replace("-", "−")
 
 
@@ -60,41 +58,40 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def arms_table(arms: dict[str, Runs]) -> str:
-    [base], rows = arms["base"], []
-    in_english = lambda run: run["declaration"][ENGLISH]["bits_per_byte"]  # noqa: E731
+    """A row an arm. Changes are against the base with the arm's own tokenizer."""
+    rows, values = [], [lambda run: bits(run, "bible"), lambda run: bits(run, "declaration")]
+    values.append(lambda run: run["declaration"][ENGLISH]["bits_per_byte"])
     for name, runs in arms.items():
-        row = [f"**{name}**: {runs[0]['what']}"]
-        row += [f"{runs[0]['tokens']:,}" if "tokens" in runs[0] else ""]
-        for value in (
-            lambda run: mean_bits(run, "bible"),
-            lambda run: mean_bits(run, "declaration"),
-            in_english,
-        ):
-            row += [over(runs, value, ".3f"), change(runs, base, value) if runs[0] is not base else ""]
+        row, trained = [f"**{name}**: {runs[0]['what']}"], "tokens" in runs[0]
+        [base] = arms["base-twin" if runs[0]["base"] == "twin" and "base-twin" in arms else "base"]
+        row += [f"{runs[0]['new_tokens']:,}", f"{runs[0]['tokens']:,}"] if trained else ["", ""]
+        for value in values:
+            row += [over(runs, value, ".3f"), change(runs, base, value) if trained else ""]
         falls = [
             1
             - statistics.mean(run["bible"][language]["bits_per_byte"] for run in runs)
             / figures["bits_per_byte"]
             for language, figures in base["bible"].items()
         ]
-        trained = "tokens" in runs[0]
         row += [f"{sum(fall >= GOAL for fall in falls)} of {len(falls)}" if trained else ""]
         for key, form in (("tokens_per_second", ",.0f"), ("peak_memory_gb", ".1f"), ("minutes", ".1f")):
             row += [f"{statistics.mean(run[key] for run in runs):{form}}" if trained else ""]
         rows.append(row)
-    header = ["arm", "tokens", "Bible", "", "Declaration", "", "English", "", "fall ≥ 20.6 %"]
-    return markdown([*header, "tokens/s", "GB", "minutes"], rows)
+    sizes = (len(arms["base"][0]["bible"]), len(without_english(arms["base"][0]["declaration"])))
+    header = ["arm", "new tokens", "tokens read", f"Bible ({sizes[0]})", "", f"Declaration ({sizes[1]})", ""]
+    return markdown([*header, "English", "", "fall ≥ 20.6 %", "tokens/s", "GB", "minutes of steps"], rows)
 
 
 def languages_table(arms: dict[str, Runs]) -> str:
-    """Bits per byte of the Bible's verses, a row a language, then a row a script."""
+    """Bits per byte of the Bible's verses, a row a language, then a row for each script of several."""
     [base] = arms["base"]
     groups = {language: [language] for language in base["bible"]}
     for script in sorted({*map(script_of, base["bible"])}):
-        groups[f"all in {script}"] = [language for language in base["bible"] if script_of(language) == script]
+        members = [language for language in base["bible"] if script_of(language) == script]
+        groups |= {f"mean of {len(members)} in {script}": members} if len(members) > 1 else {}
     rows = []
     for group, members in groups.items():
-        value = lambda run: mean_bits(run, "bible", lambda language: language in members)  # noqa: B023, E731
+        value = lambda run: bits(run, "bible", lambda language: language in members)  # noqa: B023, E731
         row = [group, f"{value(base):.3f}"]
         for name, runs in arms.items():
             row += [f"{over(runs, value, '.3f')}, {change(runs, base, value)}"] if name != "base" else []
@@ -103,42 +100,39 @@ def languages_table(arms: dict[str, Runs]) -> str:
 
 
 def extension_table(arms: dict[str, Runs]) -> str:
-    """What a vocabulary costs and brings: length of text, speed, quality."""
+    """What a vocabulary costs and brings: length of text, speed, quality. Of an arm's first seed."""
     rows = []
-    for name, runs in arms.items():
-        of_languages = runs[0]["bible"].values()
-        bytes_a_token = statistics.mean(one["bytes"] / one["tokens"] for one in of_languages)
-        rows.append(
-            [
-                name,
-                f"{statistics.mean(one['tokens_per_word'] for one in of_languages):.2f}",
-                f"{bytes_a_token:.2f}",
-                f"{runs[0]['bytes_read_per_second']:,.0f}",
-                f"{runs[0]['tokens_written_per_second'] * bytes_a_token:,.0f}",
-                f"{runs[0]['minutes']:.1f}" if "minutes" in runs[0] else "",
-                over(runs, lambda run: mean_bits(run, "bible"), ".3f"),
-            ]
-        )
-    header = [
-        "arm",
-        "tokens a word",
-        "bytes a token",
-        "bytes/s read",
-        "bytes/s written",
-        "minutes of training",
-    ]
-    return markdown([*header, "bits a byte, Bible"], rows)
+    for name, [run, *_] in arms.items():
+        languages = run["bible"].values()
+        bytes_a_token = sum(one["bytes"] for one in languages) / sum(one["tokens"] for one in languages)
+        row = [
+            name,
+            f"{statistics.mean(one['tokens_per_word'] for one in languages):.2f}",
+            f"{bytes_a_token:.2f}",
+        ]
+        row += [
+            f"{run['bytes_read_per_second']:,.0f}",
+            f"{run['tokens_written_per_second'] * bytes_a_token:,.0f}",
+        ]
+        row += [
+            f"{run['tokens']:,}" if "tokens" in run else "",
+            f"{run['minutes']:.1f}" if "minutes" in run else "",
+        ]
+        rows.append([*row, f"{bits(run, 'bible'):.3f}"])
+    header = ["arm", "tokens a word", "bytes a token", "bytes/s read", "bytes/s written", "tokens trained on"]
+    return markdown([*header, "minutes of steps", "bits a byte, Bible"], rows)
 
 
 def few_shot_table(arms: dict[str, Runs]) -> str:
     """Accuracies, that of the base with its 95 % interval, those of the arms with the difference to it, its
-    interval, and p of the paired test."""
+    interval, and p of the paired test. A mean of a few languages has no interval worth its name."""
 
     def against(paired: dict[str, Any]) -> str:
-        low, high = paired["ci95"] or (paired["difference"],) * 2  # of a single language there is none
-        text = (
-            f"{paired['b']:.3f}, {paired['difference']:+.3f} ({low:+.3f} to {high:+.3f}), p {paired['p']:.2f}"
-        )
+        text = f"{paired['b']:.3f}, {paired['difference']:+.3f}"
+        if "n" in paired:
+            low, high = paired["ci95"]
+            p = f"p {paired['p']:.2f}" if paired["p"] >= 0.005 else "p < 0.01"
+            text += f" ({low:+.3f} to {high:+.3f}), {p}"
         return text.replace("-", "−")
 
     [base], rows = arms["base"], []
@@ -146,28 +140,62 @@ def few_shot_table(arms: dict[str, Runs]) -> str:
     for bench in ("sib200", "taxi1500"):
         for language, one in base[bench].items():
             low, high = one["ci95"]
-            row = [bench, language, f"{one['accuracy']:.3f} ({low:.3f} to {high:.3f})"]
+            row = [
+                bench,
+                language,
+                f"{one['majority']:.3f}",
+                f"{one['accuracy']:.3f} ({low:.3f} to {high:.3f})",
+            ]
             rows.append([*row, *(against(run[f"{bench}_change"][language]) for run in adapted)])
         means = [run[f"{bench}_new"] for run in adapted]
-        if means[0]["languages"] > 1:
-            mean = f"mean of {means[0]['languages']} languages"
-            rows.append([bench, mean, f"{means[0]['a']:.3f}", *map(against, means)])
-    return markdown(["", "", *arms], rows)
+        if means and means[0]["languages"] > 1:
+            majority = statistics.mean(
+                base[bench][language]["majority"] for language in without_english(base[bench])
+            )
+            row = [
+                bench,
+                f"mean of {means[0]['languages']} languages",
+                f"{majority:.3f}",
+                f"{means[0]['a']:.3f}",
+            ]
+            rows.append([*row, *map(against, means)])
+    return markdown(["", "", "majority class", *arms], rows)
 
 
 def draw_curves(arms: dict[str, Runs], path: Path) -> None:
-    """Held-out bits per byte over the tokens that an arm has read, the first seed of each."""
+    """Bits per byte over the tokens that an arm has read, the first seed of each. Dashed: no new tokens."""
     with picture(path, figsize=(10, 6)) as axis:
         for name, [run, *_] in arms.items():
-            if name == "base":
-                axis.axhline(run["curve"][0][1], color="black", linestyle=":", label=name)
-            elif len(run["curve"]) > 1:
-                style = "--" if "extension" in name or "only" in name or "weights" in name else "-"
-                axis.plot(*zip(*run["curve"]), style, marker=".", linewidth=1.2, label=name)
-        axis.set_xlabel("tokens read")
-        axis.set_ylabel("bits per byte, held-out verses")
+            if "tokens" not in run:
+                axis.axhline(run["curve"][0][1], color="black", linestyle=":", linewidth=1)
+                axis.text(0, run["curve"][0][1], name, fontsize=8, va="bottom")
+                continue
+            style = "-" if run["new_tokens"] else "--"
+            axis.plot(*zip(*run["curve"]), style, marker=".", linewidth=1.2, label=name)
+        axis.set_xlabel("tokens read (dashed: without new tokens)")
+        axis.set_ylabel("bits per byte of held-out verses")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def find_place(page: Path, text: str, name: str) -> re.Match:
+    """Where a table stands in a page. Raises UserError if there is no such place."""
+    if found := re.search(rf"(?<=<!-- adaptation: {name} -->\n).*?(?=<!-- end -->)", text, re.DOTALL):
+        return found
+    raise UserError(
+        f"{page}: has no place for a table; expected <!-- adaptation: {name} --> and <!-- end -->"
+    )
+
+
+def check_docs(docs: Path) -> None:
+    """Raise UserError if `fill_docs` could not do its work."""
+    page = docs / "results.md"
+    if not page.exists():
+        raise UserError(f"{page}: there is no such file; --docs takes the folder of docs/results.md")
+    for name in TABLES:
+        find_place(page, page.read_text(encoding="utf-8"), name)
+    if not is_available():
+        raise UserError("--docs takes matplotlib, for the picture: pip install matplotlib")
 
 
 def fill_docs(docs: Path, tables: dict[str, str], curves: Path) -> None:
@@ -175,12 +203,8 @@ def fill_docs(docs: Path, tables: dict[str, str], curves: Path) -> None:
     page = docs / "results.md"
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
-        place = re.compile(rf"(<!-- adaptation: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not place.search(text):
-            raise UserError(
-                f"{page}: has no place for the table; expected <!-- adaptation: {name} --> and <!-- end -->"
-            )
-        text = place.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)  # noqa: B023
+        place = find_place(page, text, name)
+        text = f"{text[: place.start()]}\n{table}\n\n{text[place.end() :]}"
     with atomic_file(page) as file:
         file.write(text)
     with atomic_path(docs / "adaptation.png") as temporary:

@@ -22,7 +22,10 @@ import train
 from mala.cli import UserError
 from mala.data import file_digests, open_streams, tokenise
 from mala.model import Llama
+from mala.running.distributed import World
+from mala.scoring import nll_by_language
 from mala.storage.corpus import Corpus
+from mala.storage.model_by_name import load_model
 from mala.storage.peft_adapter import merge_checkpoint
 from mala.vocab import count_words, sample
 from mala.words.byte_level import ALPHABET, MAX_BYTES, JsonTokenizer, Pairs, load_tokenizer, to_text
@@ -312,6 +315,28 @@ def test_a_base_that_cannot_be_extended(make, expected, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=rf"tokenizer\.json: .*{expected}"):
             main()
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("own", [None, {}, {"bos_token": None, "tokenizer_class": "GPT2Tokenizer"}])
+def test_an_adapter_without_new_tokens_knows_what_begins_a_text(own, tmp_path):
+    """Also if only the base's config.json says so, which is not in the adapter; transformers, too."""
+    folder = save_model(tmp_path / "base", "smollm2")
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    if own is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    base = load_tokenizer(folder)
+    assert base.bos_id == json.loads((folder / "config.json").read_text())["bos_token_id"]
+    argv = ["--extend-vocab", "0", "--steps", "1", "--eval-every", "9", "--max-held-out", "3"]
+    run_train(tmp_path / "out", folder, *argv)
+    adapter = tmp_path / "out/adapter"
+    auto = transformers.AutoTokenizer.from_pretrained(adapter)
+    assert load_tokenizer(adapter).bos_id == auto.bos_token_id == base.bos_id
+    for text in ("Watu 1948 wote, wamezaliwa", "ሰዎች"):
+        assert auto.encode(text, add_special_tokens=False) == base.encode(text)
+    documents = {"swh_Latn": (ROOT / "assets/demo/sib200/swh_Latn/test.tsv").read_text().splitlines()[1:]}
+    model, tokenizer = load_model(folder, adapter, torch.float32, World())
+    found = nll_by_language(model, tokenizer, documents, "")["languages"]["swh_Latn"]
+    assert found["tokens"] == sum(len(base.encode(text)) for text in documents["swh_Latn"])  # the first, too
 
 
 def test_other_mistakes(tmp_path, monkeypatch):

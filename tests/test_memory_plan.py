@@ -3,11 +3,13 @@ multiplies."""
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -303,3 +305,15 @@ def test_a_plan_names_its_stage_and_says_where_it_fits(capsys):
 ])  # fmt: skip
 def test_peak_flops_by_name(name, flops):
     assert peak_flops(name) == flops
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    """Linux starts ru_maxrss of a child at its parent's peak: an experiment's runs would all show the parent's."""
+    child = "from tools.run_log import peak_memory; print(peak_memory('cpu'))"
+    parent = f"""if True:
+        import subprocess, sys
+        held = b"x" * (1500 << 20)
+        print(subprocess.run([sys.executable, "-c", {child!r}], capture_output=True, text=True).stdout)
+    """
+    ran = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True)
+    assert 2**26 < int(ran.stdout) < 1000 << 20

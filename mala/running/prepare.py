@@ -200,8 +200,7 @@ def make_base(settings: Settings, corpora: dict[str, Corpus], where: Where, clea
     write_json(out / "run.json", {})  # the folder is ours; if nothing can be written this fails now
     for name in ("nll.json", "metrics.jsonl", "loss.png", "nll.png"):
         (out / name).unlink(missing_ok=True)
-    kept = [] if clear_all else ["checkpoints"]
-    for name in {*RESULT.values(), "base", "held_out", "tensorboard", "checkpoints"}.difference(kept):
+    for name in ("base", "held_out", "tensorboard", *RESULT.values(), *["checkpoints"] * clear_all):
         shutil.rmtree(out / name, ignore_errors=True)
     with atomic_directory(out / "held_out") as folder:
         for language, texts in test_documents.items():

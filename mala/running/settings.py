@@ -20,7 +20,6 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CHECKPOINTING = ("auto", "on", "off")  # auto: as many of the blocks as must be for the memory there is
 OF_LORA = "r lora_alpha lora_dropout use_rslora target_modules modules_to_save".split()  # not for `all`
 RESULT = {"lora": "adapter", "all": "model"}  # what `train` leaves in --out
-COUNTED = ("documents", "bytes", "tokens")
 METHODS = ("continue", "union")  # further merges on the base's own, or pieces learnt apart, as MaLA-500
 
 
@@ -67,7 +66,7 @@ class Settings(Reading):
     weight_decay: float = option(0.1, "AdamW's")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     alpha: float = option(0.3, "languages are drawn by n^alpha, n what --sample-by counts")
-    sample_by: str = option("documents", "what n counts in training, not for the vocabulary", COUNTED)
+    sample_by: str = option("documents", "what n counts in training", ("documents", "bytes", "tokens"))
     weights: tuple[str, ...] | None = option(None, "eng_Latn=2,…: times n^alpha; not for the vocabulary")
     seed: int = option(0, "decides, with settings and corpus, every bit of the result on one machine")
 
@@ -130,9 +129,8 @@ class Settings(Reading):
             language, _, number = entry.partition("=")
             weight = float(number) if number.replace(".", "", 1).isdecimal() else 0.0
             if not 0 < weight < 1e6 or language in weights:
-                raise UserError(
-                    f"weights has {entry!r}, expected one positive number a language: eng_Latn=2.5"
-                )
+                expected = "expected one positive number a language: eng_Latn=2.5"
+                raise UserError(f"weights has {entry!r}, {expected}")
             weights[language] = weight
         return weights
 

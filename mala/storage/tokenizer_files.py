@@ -14,7 +14,7 @@ from typing import Any
 from mala.cli import UserError
 from mala.storage.files import read_json, write_json
 from mala.storage.weights import INDEX, OTHER_WEIGHTS
-from mala.words.byte_level import JsonTokenizer, reads_json
+from mala.words.byte_level import JsonTokenizer, load_tokenizer, reads_json
 from mala.words.tokenizer import NORMALIZER_SPEC, WORD_START, Tokenizer
 
 PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")  # what an extension replaces
@@ -46,6 +46,8 @@ def copy_tokenizer(source: Path, target: Path, rows: int) -> None:
     _copy(source, target, TOKENIZER_FILES)
     if tokenizer and not (target / "tokenizer.json").exists():
         write_for_transformers(tokenizer, target, added)
+    if reads_json(source) and (source / "config.json").exists():
+        _write_class(load_tokenizer(source), target)
 
 
 def write_extended(source: Path, base: Tokenizer, merged: Tokenizer, target: Path) -> None:
@@ -55,17 +57,23 @@ def write_extended(source: Path, base: Tokenizer, merged: Tokenizer, target: Pat
     _copy(source, target, TOKENIZER_FILES - {*PIECES})
     if isinstance(merged, JsonTokenizer):
         (target / "tokenizer.json").write_bytes(merged.model)
-        file, begins = target / "tokenizer_config.json", base.bos_id is not None
-        config = {"bos_token": base.pieces[base.bos_id]} if begins else {}
-        config |= {"clean_up_tokenization_spaces": False} | (read_json(file) if file.exists() else {})
-        # Trap: other classes of transformers make what cuts a text into words anew, by rules of their own.
-        write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        _write_class(base, target)
     else:
         (target / "tokenizer.model").write_bytes(merged.model)
         write_for_transformers(merged, target, {})
     if (source / "config.json").exists():
         config = read_json(source / "config.json")
         write_json(target / "config.json", {**config, "vocab_size": len(merged)})
+
+
+def _write_class(base: Tokenizer, folder: Path) -> None:
+    """The tokenizer_config.json beside a `tokenizer.json`. It names what begins a text, which may stand only
+    in the base's config.json. Trap: other classes of transformers cut text into words by their own rules."""
+    file = folder / "tokenizer_config.json"
+    config = {"clean_up_tokenization_spaces": False} | (read_json(file) if file.exists() else {})
+    if base.bos_id is not None and not config.get("bos_token"):
+        config["bos_token"] = base.pieces[base.bos_id]
+    write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _copy(source: Path, target: Path, names: set[str]) -> None:
