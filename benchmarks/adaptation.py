@@ -303,8 +303,9 @@ class Experiment:
         """Bytes of the Bible's verses that the model, its adapter merged, reads a second, and tokens that it
         writes a second, one sequence at a time: medians of three, after one that does not count."""
         model, tokenizer = load_model(base, adapter, self.dtype, World(device=self.device))
-        if adapter:
+        if adapter:  # as the checkpoint that `mala.lora merge` makes of it
             merge_lora(model)
+            model.to(self.dtype)
         model.config.eos_token_id = None  # so that no text ends early
         texts = [file.read_text(encoding="utf-8") for file in sorted((self.out / "text/bible").iterdir())]
         verses = [verse for text in texts for verse in text.splitlines()]
