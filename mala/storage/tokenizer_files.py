@@ -46,7 +46,8 @@ def copy_tokenizer(source: Path, target: Path, rows: int) -> None:
     _copy(source, target, TOKENIZER_FILES)
     if tokenizer and not (target / "tokenizer.json").exists():
         write_for_transformers(tokenizer, target, added)
-    if reads_json(source) and (source / "config.json").exists():
+    has_config = [(folder / "config.json").exists() for folder in (source, target)]
+    if reads_json(source) and has_config == [True, False]:  # an adapter has none
         _write_class(load_tokenizer(source), target)
 
 
