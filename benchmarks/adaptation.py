@@ -37,13 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import evaluate
-import train
 from benchmarks.adaptation_report import ENGLISH, check_docs, fill_docs, report, without_english
 from mala.cli import UserError, choose_device, parse, run
 from mala.generate import generate
 from mala.lora import merge_lora
 from mala.running.distributed import World
+from mala.running.settings import Settings
 from mala.scoring import predict_documents
+from mala.storage.corpus_formats import read_lines
 from mala.storage.files import atomic_directory, lock, read_json, write_json
 from mala.storage.model_by_name import load_model
 from mala.words.byte_level import load_tokenizer
@@ -82,9 +83,8 @@ def read_arms(file: Path, name: str) -> tuple[dict[str, Any], list[Arm]]:
         scale = table["scale"].get(name)
         arms = [Arm(key, **values) for key, values in table["arm"].items()]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file}: is no table of scales and arms ({error}); see benchmarks/adaptation.toml"
-        ) from None
+        found = f"is no table of scales and arms ({error})"
+        raise UserError(f"{file}: {found}; see benchmarks/adaptation.toml") from None
     if scale is None:
         raise UserError(f"{file}: has no scale {name!r}, expected one of {', '.join(table['scale'])}")
     arms = [arm for arm in arms if name in arm.scales]
@@ -92,13 +92,11 @@ def read_arms(file: Path, name: str) -> tuple[dict[str, Any], list[Arm]]:
         if arm.settings is not None:
             arm.settings = table.get("all", {}) | scale["settings"] | arm.settings
         if arm.steps_of and arm.steps_of not in [earlier.name for earlier in arms[:number]]:
-            raise UserError(
-                f"{file}: arm {arm.name}: no arm {arm.steps_of!r} runs before it, as steps_of says"
-            )
+            missing = f"no arm {arm.steps_of!r} runs before it, as steps_of says"
+            raise UserError(f"{file}: arm {arm.name}: {missing}")
     if arms[0].name != "base" or not (arms[0].few_shot and arms[0].speed):
-        raise UserError(
-            f"{file}: the first arm must be base, with few_shot and speed: all are compared with it"
-        )
+        expected = "the first arm must be base, with few_shot and speed: all are compared with it"
+        raise UserError(f"{file}: {expected}")
     return scale, arms
 
 
@@ -127,7 +125,8 @@ def write_text(data: Path, scale: dict[str, Any], out: Path) -> list[str]:
             end = len(verses) * 4 // 5
             step = max(2, (len(verses) - end) // scale["test_documents"])
             trained = verses[: min(end, scale["train_documents"])]
-            later = [verse for verse in verses[end:] if verse not in {*trained}]
+            seen = {*trained}
+            later = [verse for verse in verses[end:] if verse not in seen]
             watched = later[::step][: scale["settings"]["eval_documents"]]
             write(f"corpus/{language}/train.txt", trained)
             write(f"corpus/{language}/test.txt", watched)
@@ -150,6 +149,12 @@ def digest(folder: Path) -> str:
     return content.hexdigest()
 
 
+def flags_of(settings: dict[str, Any]) -> list[str]:
+    """Settings of train.py as its command line has them."""
+    texts = {name: ",".join(value) if isinstance(value, list) else value for name, value in settings.items()}
+    return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
+
+
 class Experiment:
     """All arms of a scale, in turn."""
 
@@ -163,7 +168,7 @@ class Experiment:
         self.languages = write_text(args.data, self.scale, self.out / "text")
         for arm in self.arms:
             if arm.settings:
-                parse(train.Settings, "", self.command(arm, 0, self.out, steps=1)[1:])
+                parse(Settings, "", self.command(arm, 0, self.out, steps=1)[1:])
         of_scale = {name: self.scale[name] for name in ("questions", "written", "dtype", "device")}
         self.measured_on = of_scale | {"text": digest(self.out / "text"), "data": str(args.data)}
 
@@ -174,10 +179,11 @@ class Experiment:
         figures = {"scale": self.args.scale, "languages": self.languages, "machine": machine}
         figures |= {"torch": torch.__version__, "arms": runs}
         for arm in self.arms:
-            for seed in arm.seeds.get(self.args.scale, [0]) if arm.settings else [None]:
+            seeds = arm.seeds.get(self.args.scale, [0]) if arm.settings else [None]
+            for seed in seeds:
                 key = arm.name if seed is None else f"{arm.name}-{seed}"
                 try:
-                    done = self.run_arm(arm, seed, key)
+                    done = self.run_arm(arm, seed, key, is_first=seed == seeds[0])
                 except UserError as error:  # the night goes on
                     failed.append(str(error))
                     print(f"{key}: {error}", flush=True)
@@ -189,19 +195,20 @@ class Experiment:
         if failed:
             raise UserError(f"{len(failed)} arms failed, the first: {failed[0]}")
 
-    def run_arm(self, arm: Arm, seed: int | None, key: str) -> dict[str, Any]:
-        """The figures of one run, from its arm.json if it is done. Raises UserError if that is of another."""
+    def run_arm(self, arm: Arm, seed: int | None, key: str, is_first: bool) -> dict[str, Any]:
+        """The figures of one run, from its arm.json if it is done. Raises UserError if that is of another.
+        is_first: of its arm's seeds, which alone answers questions and is timed."""
         folder = self.out / "runs" / key
         folder.mkdir(parents=True, exist_ok=True)
         command = self.command(arm, seed, folder) if arm.settings else [str(vars(self.args)[arm.base])]
-        is_first = seed in (None, *arm.seeds.get(self.args.scale, [0])[:1])
         asked = {"few_shot": arm.few_shot and is_first, "speed": arm.speed and is_first, **self.measured_on}
         file = folder / "arm.json"
-        done = read_json(file) if file.exists() else {"command": command}
+        done = read_json(file) if file.exists() else {"command": command, "asked": None}
         if done["command"] != command:
             raise UserError(f"{file}: was made by another command; name another --out")
-        if done.get("asked") != asked:
-            done |= {"asked": asked, **(self.train(command, folder) if arm.settings else {})}
+        if done["asked"] != asked:
+            done = {"command": command, "asked": asked}
+            done |= self.train(command, folder) if arm.settings else {}
             done |= self.measure(arm, folder, asked)
             write_json(file, done)
             shutil.rmtree(folder / "train/checkpoints", ignore_errors=True)
@@ -217,14 +224,10 @@ class Experiment:
         base, corpus = vars(self.args)[arm.base], self.out / "text/corpus"
         settings |= {"model": base, "data": corpus, "out": folder / "train", "seed": seed}
         settings |= {"device": self.scale["device"], "dtype": self.scale["dtype"]}
-        flags = []
-        for name, value in settings.items():
-            text = ",".join(value) if isinstance(value, list) else str(value)
-            flags.append(f"--{name.replace('_', '-')}={text}")
-        return ["train.py", *flags]
+        return ["train.py", *flags_of(settings)]
 
     def lines_of(self, folder: Path) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in open(folder / "train/metrics.jsonl", encoding="utf-8")]
+        return [json.loads(line) for _, line in read_lines(folder / "train/metrics.jsonl")]
 
     def train(self, command: list[str], folder: Path) -> dict[str, Any]:
         """Run train.py to its end, in a process of its own: its peak memory is the arm's."""

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import adaptation
-from benchmarks.adaptation import read_arms
+from benchmarks.adaptation import flags_of, read_arms
 from benchmarks.adaptation_report import TABLES, check_docs, fill_docs, report
 from mala.cli import UserError, parse
 from mala.running.settings import Settings
@@ -54,9 +54,7 @@ def test_every_arm_is_a_run_of_train(scale):
         settings = {"replay": "replay"} | (arm.settings or {})
         if not settings.get("replay_share"):
             del settings["replay"]
-        parse(
-            Settings, "", [f"--{key.replace('_', '-')}={text_of(value)}" for key, value in settings.items()]
-        )
+        parse(Settings, "", flags_of(settings))
     if scale == "cores":
         assert 4 <= len(chosen["languages"]) <= 6 and len({one[4:] for one in chosen["languages"]}) >= 3
 
@@ -76,10 +74,6 @@ def test_a_wrong_table_of_arms_is_named(tmp_path, old, new, error):
     (tmp_path / "arms.toml").write_text(TINY.replace(old, new))
     with pytest.raises(UserError, match=f"arms.toml: {error}"):
         read_arms(tmp_path / "arms.toml", "tiny")
-
-
-def text_of(value):
-    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def write_data(folder):

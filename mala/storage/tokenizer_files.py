@@ -46,9 +46,9 @@ def copy_tokenizer(source: Path, target: Path, rows: int) -> None:
     _copy(source, target, TOKENIZER_FILES)
     if tokenizer and not (target / "tokenizer.json").exists():
         write_for_transformers(tokenizer, target, added)
-    has_config = [(folder / "config.json").exists() for folder in (source, target)]
-    if reads_json(source) and has_config == [True, False]:  # an adapter has none
-        _write_class(load_tokenizer(source), target)
+    stays_behind = (source / "config.json").exists() and not (target / "config.json").exists()
+    if stays_behind and reads_json(source):  # into an adapter, which has none
+        _write_class(source, target)
 
 
 def write_extended(source: Path, base: Tokenizer, merged: Tokenizer, target: Path) -> None:
@@ -58,7 +58,7 @@ def write_extended(source: Path, base: Tokenizer, merged: Tokenizer, target: Pat
     _copy(source, target, TOKENIZER_FILES - {*PIECES})
     if isinstance(merged, JsonTokenizer):
         (target / "tokenizer.json").write_bytes(merged.model)
-        _write_class(base, target)
+        _write_class(source, target)
     else:
         (target / "tokenizer.model").write_bytes(merged.model)
         write_for_transformers(merged, target, {})
@@ -67,12 +67,12 @@ def write_extended(source: Path, base: Tokenizer, merged: Tokenizer, target: Pat
         write_json(target / "config.json", {**config, "vocab_size": len(merged)})
 
 
-def _write_class(base: Tokenizer, folder: Path) -> None:
+def _write_class(source: Path, folder: Path) -> None:
     """The tokenizer_config.json beside a `tokenizer.json`. It names what begins a text, which may stand only
-    in the base's config.json. Trap: other classes of transformers cut text into words by their own rules."""
+    in the config.json of `source`. Trap: other classes of transformers cut text into words by own rules."""
     file = folder / "tokenizer_config.json"
     config = {"clean_up_tokenization_spaces": False} | (read_json(file) if file.exists() else {})
-    if base.bos_id is not None and not config.get("bos_token"):
+    if not config.get("bos_token") and (base := load_tokenizer(source)).bos_id is not None:
         config["bos_token"] = base.pieces[base.bos_id]
     write_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
