@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 [[ ${1:-} != -* ]] || { sed -n '2,5s/^# //p' "$0"; exit; }
 out=$(realpath -m "${1:-out/gpu}")
 mkdir -p "$out"
-export PYTHONPATH=. PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 failed=()
 shared=../shared/data # real text, if it lies beside the project, else the bundled sample
 [ -d $shared ] && data=(--data $shared/sib200 --tokenizer $shared/llama2) || data=()
