@@ -1,13 +1,13 @@
 """Measure a LLaMA checkpoint, with or without an adapter, per language.
 
-    python evaluate.py --bench nll|sib200|taxi1500|…    what `python train.py` left, on the bundled sample
+    python evaluate.py --bench nll|sib200|taxi1500|…   the model of `python train.py`, on the bundled sample
     python evaluate.py --bench sib200 --model DIR --adapter DIR --data DIR --out DIR
-    python evaluate.py --compare A/results.json B/results.json               what changed between two runs
-    torchrun --nproc-per-node 8 evaluate.py …   languages are dealt out to the processes, or all share a model
+    python evaluate.py --compare A/results.json B/results.json              what changed between two runs
+    torchrun --nproc-per-node 8 evaluate.py …   the processes divide the languages, or share one large model
 
-Without --data the benchmark is looked for in $MALA_DATA/<bench>, then data/<bench>; if there is none, the
-bundled sample is measured. results.json, predictions.jsonl and, with matplotlib, results.png are left in
---out. Every language is written to --out/done/ when it is done; the same command goes on with the others.
+Without --data, the script looks in $MALA_DATA/<bench>, then in data/<bench>, then uses the bundled sample. It
+writes results.json, predictions.jsonl and, if matplotlib is installed, results.png to --out. It saves each
+finished language in --out/done/. If a run is killed, the same command continues with the other languages.
 """
 
 import os
@@ -36,54 +36,54 @@ from tools.parallel import read_documents
 from tools.write_results import write_results
 
 DEMO = Path(__file__).resolve().parent / "assets/demo"
-COMPILE_FROM = 1e16  # FLOPs, 2 a parameter and token of four characters: compiling takes its time, too
-# Settings that mean something for one kind of benchmark only.
+COMPILE_FROM = 1e16  # FLOPs, 2 per parameter and token (4 characters); for less, compiling does not pay
+# Settings that apply to only one kind of benchmark.
 OF_NLL = ("held_out", "max_held_out", "text_field", "skip_bad_lines", "parallel_to")
 OF_QUESTIONS = ("protocol", "shots", "seed", "seeds")
 
 
 @dataclass
 class Settings(Reading, ModelSettings):
-    bench: str = option("nll", "NLL of documents, or choices of answers", choices=("nll", *ALL_TASKS))
-    data: str | None = option(None, "the benchmark's folder; for nll a corpus, with one entry per language")
-    langs: tuple[str, ...] = option((), "measure these languages only")
-    langs_file: str | None = option(None, "measure those languages only that this file lists, one a line")
-    split: str = option("test", "which split, if the data have splits", choices=("train", "dev", "test"))
+    bench: str = option("nll", "what to measure: NLL, or accuracy on a benchmark", ("nll", *ALL_TASKS))
+    data: str | None = option(None, "the benchmark's folder; for nll: a corpus with one entry per language")
+    langs: tuple[str, ...] = option((), "measure only these languages")
+    langs_file: str | None = option(None, "measure only the languages in this file, one per line")
+    split: str = option("test", "split to measure, if the data has splits", choices=("train", "dev", "test"))
     held_out: float = option(1.0, "nll: if there are no splits, measure this last share of the documents")
-    max_held_out: int = option(1000, "nll: at most this many of them, as in train.py; a share of 1 is all")
-    parallel_to: str | None = option(None, "nll: bits per byte of the same documents in this language, too")
-    shots: int | None = option(None, "labelled examples before each question; default: the benchmark's")
-    seed: int | None = option(None, "chooses the shots and their order; default: 1234, with emma 42")
-    seeds: tuple[int, ...] = option((), "several of them, for the spread over choices of shots")
-    protocol: str | None = option(None, "how questions are asked; default: the task's", (*PROTOCOLS, "emma"))
-    limit: int | None = option(None, "measure at most this many documents or examples a language")
-    group_by: str | None = option(None, "macro-averages of groups of languages, too", choices=("script",))
-    compare: tuple[str, ...] = option((), "two results.json, or their folders: print what changed")
-    batch_size: int | None = option(None, "sequences a batch; default: to fill 1,024 tokens, 8,192 on a GPU")
-    compile: str = option("auto", "torch.compile; auto: for long work on a GPU", ("auto", "on", "off"))
-    shard: str = option("auto", "one model for all processes; auto: if need be", ("auto", "on", "off"))
-    out: str | None = option(None, "where the results go; default: out/<bench>")
+    max_held_out: int = option(1000, "nll: at most this many of them, unless --held-out is 1")
+    parallel_to: str | None = option(None, "nll: also report bits per byte of parallel text in this language")
+    shots: int | None = option(None, "labelled examples in each prompt; default: the benchmark's")
+    seed: int | None = option(None, "random seed of the shots; default: 1234, or 42 with emma")
+    seeds: tuple[int, ...] = option((), "several seeds, to see how much the choice of shots matters")
+    protocol: str | None = option(None, "how prompts are built; default: the task's", (*PROTOCOLS, "emma"))
+    limit: int | None = option(None, "measure at most this many documents or examples per language")
+    group_by: str | None = option(None, "also average over groups of languages", choices=("script",))
+    compare: tuple[str, ...] = option((), "print what changed between two results.json, or their folders")
+    batch_size: int | None = option(None, "sequences per batch; default: fill 1,024 tokens, 8,192 on a GPU")
+    compile: str = option("auto", "use torch.compile; auto: for long runs on a GPU", ("auto", "on", "off"))
+    shard: str = option("auto", "shard one model; auto: if it does not fit", ("auto", "on", "off"))
+    out: str | None = option(None, "folder for the results; default: out/<bench>")
 
     def __post_init__(self) -> None:
         for name, least in (("limit", 1), ("batch_size", 1), ("shots", 0), ("seed", 0), ("max_held_out", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise UserError(f"{name} is {value}, expected a number from {least} on")
+                raise UserError(f"{name} is {value}, expected a number of at least {least}")
         for name in OF_QUESTIONS if self.bench == "nll" else OF_NLL:
             if getattr(self, name) != getattr(Settings, name):  # its default
                 flag = name.replace("_", "-")
-                raise UserError(f"--{flag} changes nothing in --bench {self.bench}; leave it out")
+                raise UserError(f"--{flag} has no effect with --bench {self.bench}; leave it out")
         if self.bench != "nll":
             task = find_task(self.bench, self.protocol)
             self.protocol = self.protocol or task.protocol
             self.shots = task.shots if self.shots is None else self.shots
             self.seeds = tuple(dict.fromkeys(self.seeds)) or (task.seed if self.seed is None else self.seed,)
             if min(self.seeds) < 0:
-                raise UserError(f"seeds are {', '.join(map(str, self.seeds))}, expected numbers from 0 on")
-            self.seed = self.seeds[0] if len(self.seeds) == 1 else None  # several have no one seed
+                raise UserError(f"seeds are {', '.join(map(str, self.seeds))}, expected no negative number")
+            self.seed = self.seeds[0] if len(self.seeds) == 1 else None  # None if there are several
         if self.compare and len(self.compare) != 2:
             raise UserError(f"--compare is given {len(self.compare)} files, expected two results.json")
-        if not self.compare:  # which writes only where it is told to
+        if not self.compare:  # --compare writes only if --out is given
             self.out = self.out or f"out/{self.bench}"
         check_folder(self.out or ".")
 
@@ -97,12 +97,12 @@ def main() -> None:
     device, dtype = choose_device(settings.device, settings.dtype)
     with start(device, shards=settings.shard != "off") as world:
         if settings.shard == "on" and world.size == 1:
-            raise UserError("--shard on takes several processes: torchrun --nproc-per-node N evaluate.py …")
+            raise UserError("--shard on needs several processes: torchrun --nproc-per-node N evaluate.py …")
         evaluate(settings, find_data(settings), dtype, world)
 
 
 def find_data(settings: Settings) -> Path:
-    """--data, else where the benchmark may lie, else the bundled sample."""
+    """Return --data, else the first folder that holds the benchmark, else the bundled sample."""
     if settings.data is not None:
         return Path(settings.data)
     for folder in (os.environ.get("MALA_DATA"), "data"):
@@ -110,17 +110,17 @@ def find_data(settings: Settings) -> Path:
             return Path(folder, settings.bench)
     sample = DEMO / ("sib200" if settings.bench == "nll" else settings.bench)
     if not sample.is_dir():
-        remedy = f"python -m tools.get_benchmark {settings.bench} brings it, or name its folder with --data"
-        raise UserError(f"data/{settings.bench}: there is no such folder, and no bundled sample; {remedy}")
+        remedy = f"run python -m tools.get_benchmark {settings.bench}, or name a folder with --data"
+        raise UserError(f"data/{settings.bench}: there is no such folder and no bundled sample; {remedy}")
     return sample
 
 
 def evaluate(settings: Settings, data: Path, dtype: torch.dtype, world: World) -> None:
-    """Measure what is not measured yet, language by language, then put everything together."""
+    """Measure the languages that are not done yet, then write the results of all."""
     is_sample = data.is_dir() and data.resolve().is_relative_to(DEMO)
-    notice = f"{data} is a bundled sample of machine-written text: its figures are no score of any benchmark"
+    notice = f"{data} is a bundled sample of machine-written text: its figures are not benchmark scores"
     if settings.bench != "nll":
-        notice += f"; python -m tools.get_benchmark {settings.bench} brings the real one"
+        notice += f"; python -m tools.get_benchmark {settings.bench} downloads the real one"
     if is_sample and world.is_main:
         print(notice)
     measurements, of_texts = read_data(settings, data, world)
@@ -131,16 +131,16 @@ def evaluate(settings: Settings, data: Path, dtype: torch.dtype, world: World) -
     pays = world.device != "cpu" and flops > COMPILE_FROM
     if settings.compile == "on" or settings.compile == "auto" and pays:
         for block in model.model["layers"]:
-            block.compile(dynamic=True)  # once, for batches of all sizes
+            block.compile(dynamic=True)  # compiles once for batches of all sizes
     out = Path(settings.out)
-    locked = lock(out) if world.is_main else None  # until this process ends
+    locked = lock(out) if world.is_main else None  # held until this process ends
     name_files(measurements, out / "done", model, tokenizer, settings.bench, settings.protocol)
     predict = partial(predict_documents, model, tokenizer)
     if settings.bench != "nll":
         encode = find_encoding(settings.bench, settings.protocol)
         predict = partial(predict_labels, model, tokenizer, encode=encode)
 
-    # The largest first, each process its own; with one model they do all together, and take turns in each.
+    # Each process measures its own languages, largest first. Processes that share a model do all together.
     todo = world.from_main(lambda: [number for number, one in enumerate(measurements) if not one.read()])
     hands = deal([measurements[number].size() for number in todo], 1 if is_shared else world.size)
     mine = [measurements[todo[i]] for i in hands[0 if is_shared else world.rank]]
@@ -166,8 +166,8 @@ def evaluate(settings: Settings, data: Path, dtype: torch.dtype, world: World) -
 
 
 def read_data(settings: Settings, data: Path, world: World) -> tuple[list[Measurement], dict[str, Any]]:
-    """All that is to be measured, read before any of it is: a mistake in the data is found at once. And what
-    results.json says of it."""
+    """Read all texts before any is measured, so mistakes in the data are found at once. Return what to
+    measure, and what results.json says of the texts."""
     if settings.bench == "nll":
         documents, of_texts = read_documents(settings, data, partial(choose_languages, settings, world=world))
         return [Measurement(language, texts) for language, texts in documents.items()], of_texts
@@ -176,24 +176,24 @@ def read_data(settings: Settings, data: Path, world: World) -> tuple[list[Measur
         asked = None
         for seed in settings.seeds:
             examples = task.examples(language, settings.split, settings.shots, seed)
-            # With --limit every seed asks what the first one asks first: seeds choose shots, not questions.
+            # A seed also orders the questions. With --limit all seeds use the questions of the first seed.
             asked = asked or {example.id for example in examples[: settings.limit]}
             found.append(Measurement(language, [one for one in examples if one.id in asked], seed))
     return found, {}
 
 
 def choose_languages(settings: Settings, found: list[str], world: World | None = None) -> list[str]:
-    """Those of `found` that --langs and --langs-file name."""
+    """Select from `found` the languages of --langs and --langs-file. Raises UserError if none is left."""
     chosen = [language for language in found if not settings.langs or language in settings.langs]
     if file := settings.langs_file:
         listed = read_languages(Path(file))
         chosen = [language for language in chosen if language in listed]
         if world and world.is_main and len(chosen) < len(listed):
-            print(f"{file}: names {len(listed)} languages, of which {len(chosen)} are measured here")
+            print(f"{file}: names {len(listed)} languages; measuring {len(chosen)} of them")
     if found and not chosen:
         flags = {"--langs": settings.langs, "--langs-file": settings.langs_file}
         given = " and ".join(flag for flag, value in flags.items() if value)
-        raise UserError(f"{given}: no such language is here; there are {some(found)}")
+        raise UserError(f"{given}: no such language is here; expected some of {some(found)}")
     return chosen
 
 

@@ -4,11 +4,11 @@
     python train.py --config configs/mala500.toml --model DIR --data DIR --out DIR
     torchrun --nproc-per-node 8 train.py --config ...          the same on eight GPUs
 
-The vocabulary is extended, LoRA is added to the attention, and it is trained together with the whole
-embeddings and head. The result is left in --out: adapter/ (PEFT's format, with its tokenizer), base/ (the
-checkpoint with the extended vocabulary, which the adapter needs), nll.json (per language, on held-out text,
-before and after), metrics.jsonl and checkpoints/. With --train all there is no adapter/ but model/, a plain
-checkpoint. A run that was killed goes on from its last checkpoint when the same command is given again.
+The script extends the vocabulary, adds LoRA to the attention layers, and trains LoRA together with all of
+embed_tokens and lm_head. It writes to --out: adapter/ (in PEFT's format, with its tokenizer), base/ (the
+checkpoint with the extended vocabulary, which the adapter needs), nll.json (the NLL of held-out text per
+language, before and after), metrics.jsonl and checkpoints/. With --train all it writes model/, a plain
+checkpoint, instead of adapter/. If a run is killed, the same command continues from its last checkpoint.
 """
 
 import gc
@@ -65,17 +65,17 @@ def main() -> None:
     except torch.OutOfMemoryError as error:
         full = f"the GPU's memory is full ({str(error).partition('. ')[0]})"
         remedy = "lower --micro-batch-size, or add --gradient-checkpointing on or --moments 8bit"
-        raise UserError(f"{full}; --dry-run shows what takes it; {remedy}") from None
+        raise UserError(f"{full}; --dry-run shows what uses it; {remedy}") from None
 
 
 def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack) -> None:
-    """Set up, the loop, and what came of it. `step` counts from 0; after it, step + 1 steps are done."""
+    """Set up the run, train, and write the result. `step` counts from 0, `done` from 1."""
     started = time.perf_counter()
     run = Run(settings, world, dtype, locks)
     if run.is_finished:
         if world.is_main:
             print_nll(**run.nll, known=run.known)
-            print(f"{run.out}: this run is finished; another --out, or --resume never, starts a new one")
+            print(f"{run.out}: this run is finished; for a new one, name another --out or add --resume never")
         return
     model, optimizer, steps, log = run.model, run.optimizer, run.steps, run.log
     micro_batch_size = settings.micro_batch(world.size)
@@ -98,15 +98,15 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack
                 torch.manual_seed(dropout_seed(settings.seed, step, world.rank * len(tokens) + row))
                 distributed.sync_gradients(model, rows.stop == len(tokens))
                 mask = run.mask(x) if settings.attend == "document" else None
-                # The mean of equal micro-batches' means is the batch's. FSDP2 averages over processes.
+                # Each loss is multiplied by its share; their sum is the mean. FSDP2 averages over processes.
                 part = model(x, targets=y, share=len(x) / len(tokens), mask=mask)
                 part.backward()
                 loss += part.detach()
             for parameter in run.waiting if step < settings.warmup_embeddings else ():
-                parameter.grad = None  # AdamW leaves out what has none
+                parameter.grad = None  # AdamW skips a parameter without a gradient
             grad_norm = clip_grad_norm_(run.trained.values(), settings.max_grad_norm)
             grad_norm = distributed.unsharded(grad_norm).item()
-            # One process's signal stops them all, after the same step.
+            # A signal to one process stops all of them, after the same step.
             shared = torch.stack([loss / world.size, torch.full_like(loss, len(signals))])
             loss, stop = world.sum(shared).tolist()
             run.check_finite(step, loss, grad_norm)
@@ -129,13 +129,13 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack
                 if world.is_main:
                     again = "the same command" + ("" if settings.resume == "auto" else " with --resume auto")
                     stopped = f"stopped after step {done} of {steps}, with a checkpoint"
-                    print(f"{run.out}: {stopped}; {again} goes on there")
+                    print(f"{run.out}: {stopped}; {again} continues from it")
                 return
     run.finish(started)
 
 
 def learning_rate(step: int, steps: int, settings: Settings) -> float:
-    """Linear warm-up to `lr`, then linear decay, or half a cosine's period, to 0 just after the last step."""
+    """Return the rate: linear warm-up to `lr`, then linear or cosine decay to 0 just after the last step."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     left = settings.lr * (steps - step) / max(1, steps - settings.warmup_steps)
@@ -145,54 +145,54 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
 
 
 def dropout_seed(seed: int, step: int, row: int) -> int:
-    """Seed for one micro-batch. It depends only on the run's seed, the step and the micro-batch's first row.
-    So any number of processes drops the same values, if their micro-batches are equally large."""
+    """Return the seed for one micro-batch. It depends only on the run's seed, the step and the first row, so
+    any number of processes drops the same values if their micro-batches are equally large."""
     return int(np.random.SeedSequence([seed, step, row]).generate_state(1, np.uint64)[0])
 
 
 class Run:
-    """What the training loop works with, how it comes about, and how it is measured and saved."""
+    """A training run. It sets up the model and data, measures held-out text, and saves checkpoints."""
 
     def __init__(self, settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack):
-        """Check the input, prepare what is not there yet, and load the model, or a checkpoint."""
+        """Check the input, prepare missing files, and load the model and, to resume, a checkpoint."""
         self.settings, self.world, self.out = settings, world, Path(settings.out)
         base_tokenizer, corpora = check_input(settings, world, dtype)
         work = partial(prepare, settings, corpora, world.device, dtype, locks)
         checkpoint, self.identity = world.from_main(work)
-        self.base = self.out / "base" if settings.extend_vocab else Path(settings.model)  # of the adapter
+        self.base = self.out / "base" if settings.extend_vocab else Path(settings.model)
         self.tokenizer = load_tokenizer(self.base)
         self.test_documents = Corpus(self.out / "held_out", held_out=1.0).load("test")
         if missing := sorted({*settings.samples} - self.test_documents.keys()):
-            raise UserError(f"samples names {missing[0]}, of which no text is held out; leave it out")
+            raise UserError(f"samples names {missing[0]}, which has no held-out text; leave it out")
         streams, *replay = open_tokens(settings, corpora)
         corpus_tokens, step_tokens = sum(map(len, streams.values())), settings.batch_size * settings.seq_len
         self.steps = settings.steps or math.ceil(settings.epochs * corpus_tokens / step_tokens)
         of_batch = (settings.seq_len, settings.batch_size, self.steps, settings.alpha, settings.seed)
-        again = {f"{language} (replay)": stream for part in replay for language, stream in part.items()}
-        self.batches = Batches(streams | again, *of_batch)
-        self.known = {*settings.base_langs}.union(*replay)  # languages of the base, which are shown apart
+        replayed = {f"{language} (replay)": stream for part in replay for language, stream in part.items()}
+        self.batches = Batches(streams | replayed, *of_batch)
+        self.known = {*settings.base_langs}.union(*replay)  # the base's languages, reported separately
 
         state = training_checkpoint.read_state(checkpoint) if checkpoint else {"step": 0}
-        self.done = state["step"]  # steps of earlier runs
+        self.done = state["step"]  # steps that earlier runs completed
         if self.done > self.steps:
-            found = f"has {self.done} steps, this run only {self.steps}"
-            raise UserError(f"{checkpoint}: {found}; name another --out or more --steps")
+            found = f"has {self.done} steps, but this run only {self.steps}"
+            raise UserError(f"{checkpoint}: {found}; name another --out, or raise --steps")
         file = self.out / "nll.json"
         self.nll = world.from_main(lambda: read_json(file) if file.exists() else {})
         self.is_finished = "after" in self.nll and (checkpoint is None or self.done == self.steps)
         if self.is_finished:
             return
-        if "before" not in self.nll:  # the checkpoint as it comes, with its own tokenizer
+        if "before" not in self.nll:  # the original checkpoint, with its own tokenizer
             model, _ = load_model(Path(settings.model), None, dtype, world, shard="on")
             documents = self.test_documents
             self.nll["before"] = nll_by_language(model, base_tokenizer, documents, "NLL before", world)
             del model
-            gc.collect()  # of a sharded one the parts refer to each other
+            gc.collect()  # a sharded model has reference cycles
         if world.is_main:
             write_json(file, {"before": self.nll["before"]})
 
-        # What trains is float32: LoRA's A and B and the modules saved, or all. The rest is in --dtype.
-        self.model = model = Llama.from_pretrained(self.base, dtype, "meta")  # no memory until it is cut
+        # Parameters that train are float32: LoRA and the saved modules, or all. The others have --dtype.
+        self.model = model = Llama.from_pretrained(self.base, dtype, "meta")  # no memory until it is sharded
         settings.choose_trained(model, len(base_tokenizer))
         model.recomputed_blocks = world.from_main(partial(recomputed_blocks, model, settings, world))
         summary, flops = lora.parameter_report(model), flops_per_token(model, settings.seq_len)
@@ -202,9 +202,9 @@ class Run:
                 block.compile()
         distributed.shard(model, world)
         fill_weights(model, self.base)
-        torch.manual_seed(settings.seed)  # for A, which starts at random
+        torch.manual_seed(settings.seed)  # LoRA's A starts at random
         lora.start_lora(model)
-        self.trained = lora.trainable_parameters(model)  # the model's own name -> parameter
+        self.trained = lora.trainable_parameters(model)  # name in the model -> parameter
         self.waiting = [weight for name, weight in self.trained.items() if not lora.saved_module_of(name)]
         adamw = AdamW8bit if settings.moments == "8bit" else torch.optim.AdamW
         groups = settings.parameter_groups(self.trained)
@@ -214,10 +214,10 @@ class Run:
         if world.is_main:
             sizes = f"{len(base_tokenizer):,} pieces -> {len(self.tokenizer):,}; {len(streams)} languages"
             print(f"{sizes}, {corpus_tokens:,} tokens; {summary}")
-            if again := model.recomputed_blocks:
-                print(f"the first {again} of {len(model.model['layers'])} blocks are recomputed backward")
+            if first := model.recomputed_blocks:
+                print(f"gradient checkpointing for the first {first} of {len(model.model['layers'])} blocks")
             if checkpoint:
-                print(f"{checkpoint}: going on after step {self.done} of {self.steps}")
+                print(f"{checkpoint}: continuing after step {self.done} of {self.steps}")
         peak = peak_flops(torch.cuda.get_device_name()) if world.device != "cpu" else 0
         self.log = RunLog(self.out, state, self.steps, step_tokens, flops * step_tokens, peak, world)
         if settings.tensorboard:
@@ -227,28 +227,28 @@ class Run:
         return document_mask(tokens, self.tokenizer.bos_id, self.model.compute_dtype)
 
     def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
-        """Raise UserError before a loss or a gradient that is no number spoils the weights."""
+        """Raise UserError if the loss or the gradient is not finite, before it spoils the weights."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         languages = ", ".join(sorted(set(self.batches.languages_of(step))))
         saved = training_checkpoint.checkpoints(self.out / "checkpoints")
-        found = f"the loss is {loss} and the gradient's norm {grad_norm} (languages {languages})"
-        go_on = f" and go on from {saved[-1]}" if saved else ""
+        found = f"the loss is {loss} and the gradient norm is {grad_norm} (languages: {languages})"
+        go_on = f" and continue from {saved[-1]}" if saved else ""
         raise UserError(f"step {step + 1}: {found}; lower --lr{go_on}")
 
     def measure(self, description: str, documents: int | None = None) -> dict[str, dict]:
-        """NLL of the held-out text, of at most so many documents of each language."""
+        """Measure the NLL of held-out text, on all or at most `documents` documents per language."""
         few = {language: texts[:documents] for language, texts in self.test_documents.items()}
         with self.eager():
             return nll_by_language(self.model, self.tokenizer, few, description, self.world)
 
     def eager(self) -> AbstractContextManager:
-        """For texts of all lengths: a block would be compiled anew for each."""
+        """Return a context without compiled blocks, which would be recompiled for every text length."""
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def continue_texts(self, tokens: int = 40) -> dict[str, str]:
-        """Of each language in --samples the first half of a held-out text, if that is not too long, and what
-        the model likes best after it."""
+        """Continue a held-out text of each language in --samples greedily, by at most `tokens` tokens. Return
+        language -> text. The prompt is the first half of the text, also of at most `tokens` tokens."""
         texts = {}
         self.model.eval()
         tokens = min(tokens, self.model.config.max_position_embeddings // 2)
@@ -263,33 +263,33 @@ class Run:
         return texts
 
     def save(self, done: int) -> None:
-        """Write checkpoints/step-N/ and take the oldest away."""
+        """Write checkpoints/step-N/ and delete the oldest checkpoints, except the one that --resume names."""
         folder, asked_for = self.out / "checkpoints", Path(self.settings.resume).resolve()
-        moments = {}  # and, of moments of 8 bits, their scales
+        moments = {}  # with --moments 8bit also their scales
         for name, weight in self.trained.items():
             of_weight = self.optimizer.state[weight].items()
             moments |= {f"{moment}.{name}": tensor for moment, tensor in of_weight if moment != "step"}
         state = {**self.log.state, "step": done, "identity": self.identity}
         place = atomic_directory(folder / f"step-{done}", replace=True)
-        # The main process writes; for the others the folder is None: they only give their parts.
+        # Only the main process writes. In the others the folder is None: they only send their shards.
         with place if self.world.is_main else nullcontext() as checkpoint:
             self.save_trained(checkpoint, torch.float32)
             training_checkpoint.write_state(checkpoint, moments, state)
         if self.world.is_main:
             for old in training_checkpoint.checkpoints(folder)[: -self.settings.keep]:
-                if old.resolve() != asked_for:  # the same command will ask for it again
+                if old.resolve() != asked_for:  # the same command names it again
                     shutil.rmtree(old)
-        self.world.wait()  # for the main process, however long the writing takes
+        self.world.wait()  # until the main process has written, however long that takes
 
     def load(self, checkpoint: Path) -> None:
-        """Fill the trained parameters and the optimizer's state from what `save` wrote."""
-        adapter = adapter_tensors(self.model, self.model.lora_saved) if lora.has_adapter(self.model) else {}
+        """Load the trained parameters and the optimizer's state from a checkpoint that `save` wrote."""
+        adapter = adapter_tensors(self.model, self.model.lora_saved) if self.model.lora_config else {}
         for name, tensor in read_tensors(training_checkpoint.trained_file(checkpoint)):
             distributed.fill((adapter or self.trained)[name], tensor)
         for name, tensor in read_tensors(checkpoint / training_checkpoint.OPTIMIZER):
             moment, _, name = name.partition(".")
             weight = self.trained[name]
-            # The optimizer counts a parameter's steps in float32, on its device.
+            # AdamW keeps the step count of each parameter as a float32 tensor on its device.
             state, like = self.optimizer.state[weight], weight.detach()
             waited = 0 if lora.saved_module_of(name) else self.settings.warmup_embeddings
             state["step"] = torch.tensor(float(self.done - waited), device=weight.device)
@@ -298,9 +298,9 @@ class Run:
             distributed.fill(state[moment], tensor)
 
     def save_trained(self, folder: Path | None, dtype: torch.dtype) -> None:
-        """Write the adapter, or a checkpoint of all weights in `dtype`, with its tokenizer."""
+        """Write the adapter, or with --train all a checkpoint in `dtype`, and its tokenizer."""
         distributed.reshard(self.model)
-        if lora.has_adapter(self.model):
+        if self.model.lora_config:
             save_adapter(self.model, folder, str(self.base))
         else:
             training_checkpoint.save_checkpoint(self.model, folder, self.base, dtype)
@@ -308,23 +308,23 @@ class Run:
             copy_tokenizer(self.base, folder, self.model.config.vocab_size)
 
     def finish(self, started: float) -> None:
-        """Measure the held-out text again, and write adapter/ or model/, the pictures and, last, nll.json."""
+        """Measure held-out text again. Write adapter/ or model/, then the pictures, then nll.json."""
         self.nll["after"] = self.measure("NLL after")
         place = atomic_directory(self.out / RESULT[self.settings.train], replace=True)
         with place if self.world.is_main else nullcontext() as folder:
             self.save_trained(folder, next(read_weights(self.base))[1].dtype)
-        self.world.wait()  # till the main process has all parts
+        self.world.wait()  # until the main process has all shards
         if self.world.is_main:
             if pictures.is_available():
                 pictures.draw_run(self.out, **self.nll)
-            write_json(self.out / "nll.json", self.nll)  # with this file the run is finished
+            write_json(self.out / "nll.json", self.nll)  # marks the run as finished
             print_nll(**self.nll, known=self.known)
             memory = f"peak memory {peak_memory(self.world.device) / 1e9:.2f} GB"
             print(f"{self.out}: {self.steps} steps, {time.perf_counter() - started:.0f} s, {memory}")
 
 
 def check_input(settings: Settings, world: World, dtype: torch.dtype) -> tuple[Tokenizer, dict[str, Corpus]]:
-    """The base's tokenizer and the corpora; a mistake in them or in the settings is found before any work."""
+    """Check settings, base and corpora before any work. Return the base's tokenizer and the corpora."""
     settings.micro_batch(world.size)
     tokenizer = load_tokenizer(Path(settings.model))
     shapes = Llama.from_pretrained(settings.model, dtype, "meta")
@@ -334,14 +334,14 @@ def check_input(settings: Settings, world: World, dtype: torch.dtype) -> tuple[T
     rows = len(tokenizer) if settings.extend_vocab else shapes.config.vocab_size
     added_tokens(Path(settings.model), len(tokenizer), rows)
     if settings.seq_len > (longest := shapes.config.max_position_embeddings):
-        reads = f"{settings.model} reads {longest} tokens at most (max_position_embeddings)"
-        raise UserError(f"seq_len is {settings.seq_len}, but {reads}")
+        reads = f"{settings.model} reads at most {longest} tokens (max_position_embeddings)"
+        raise UserError(f"seq_len is {settings.seq_len}, but {reads}; lower --seq-len")
     if settings.train == "lora":
         lora.find_targets(shapes, settings.lora())
     if settings.head_lr and shapes.config.tie_word_embeddings:
-        raise UserError("head_lr is given, but lm_head is embed_tokens here; give --embedding-lr alone")
+        raise UserError("head_lr is given, but lm_head is tied to embed_tokens; give only --embedding-lr")
     if settings.attend == "document" and tokenizer.bos_id is None:
-        raise UserError(f"{tokenizer.name}: no token begins a document; --attend document takes one")
+        raise UserError(f"{tokenizer.name}: has no token that begins a document; use --attend block")
     return tokenizer, open_corpora(settings)
 
 

@@ -1,10 +1,11 @@
-"""The tables and the picture that benchmarks/adaptation.py makes of adaptation.json."""
+"""The tables and the picture that benchmarks/adaptation.py makes from adaptation.json."""
 
 import re
 import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from mala.storage.files import atomic_file, atomic_path
 from tools.pictures import is_available, picture
 
 ENGLISH = "eng_Latn"
-GOAL = 0.206  # MaLA-500's fall of the NLL on Glot500-c test, 190.6 -> 151.3
+GOAL = 0.206  # by how much MaLA-500 lowered the NLL on Glot500-c test, 190.6 -> 151.3
 TABLES = ("arms", "languages", "extension", "few-shot")
 Run = dict[str, Any]  # the figures of one run
-Runs = list[Run]  # of an arm, one for each seed
+Runs = list[Run]  # the runs of an arm, one per seed
 
 
 def report(figures: dict[str, Any], curves: Path) -> dict[str, str]:
-    """name -> a table in Markdown. Draws `curves`."""
+    """Return name -> table in Markdown, and draw the picture `curves`."""
     arms = defaultdict(list)
     for run in figures["arms"].values():
         arms[run["arm"]].append(run)
@@ -36,20 +37,25 @@ def without_english(languages: Iterable[str]) -> list[str]:
     return [language for language in languages if language != ENGLISH]
 
 
-def bits(run: Run, text: str, members: Callable[[str], bool] = lambda _: True) -> float:
-    """Bits per byte of a text, mean of the adapted languages, of those that `members` allows."""
-    languages = [language for language in without_english(run[text]) if members(language)]
+def bits(run: Run, text: str) -> float:
+    """Return the bits per byte of a text, the mean over the adapted languages."""
+    return mean_bits(run, text, without_english(run[text]))
+
+
+def mean_bits(run: Run, text: str, languages: Iterable[str]) -> float:
+    """Return the bits per byte of a text, the mean over `languages`."""
     return statistics.mean(run[text][language]["bits_per_byte"] for language in languages)
 
 
 def over(runs: Runs, value: Callable[[Run], float], form: str) -> str:
-    """The mean over the seeds and, of several, its standard deviation."""
+    """Format the mean over the seeds, with the standard deviation if there are several."""
     values = [value(run) for run in runs]
     spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{spread}"
 
 
 def change(runs: Runs, base: Run, value: Callable[[Run], float]) -> str:
+    """Format the change of the mean over the seeds from the base, in percent."""
     return f"{statistics.mean(map(value, runs)) / value(base) - 1:+.1%}".replace("-", "−")
 
 
@@ -58,7 +64,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def arms_table(arms: dict[str, Runs]) -> str:
-    """A row an arm. Changes are against the base with the arm's own tokenizer."""
+    """Make the table with a row per arm. Changes are from the base with the arm's own tokenizer."""
     rows, values = [], [lambda run: bits(run, "bible"), lambda run: bits(run, "declaration")]
     values.append(lambda run: run["declaration"][ENGLISH]["bits_per_byte"])
     for name, runs in arms.items():
@@ -83,7 +89,7 @@ def arms_table(arms: dict[str, Runs]) -> str:
 
 
 def languages_table(arms: dict[str, Runs]) -> str:
-    """Bits per byte of the Bible's verses, a row a language, then a row for each script of several."""
+    """Make the table of the Bible's bits per byte: a row per language, then one per script of several."""
     [base] = arms["base"]
     groups = {language: [language] for language in base["bible"]}
     for script in sorted({*map(script_of, base["bible"])}):
@@ -91,7 +97,7 @@ def languages_table(arms: dict[str, Runs]) -> str:
         groups |= {f"mean of {len(members)} in {script}": members} if len(members) > 1 else {}
     rows = []
     for group, members in groups.items():
-        value = lambda run: bits(run, "bible", lambda language: language in members)  # noqa: B023, E731
+        value = partial(mean_bits, text="bible", languages=members)
         row = [group, f"{value(base):.3f}"]
         for name, runs in arms.items():
             row += [f"{over(runs, value, '.3f')}, {change(runs, base, value)}"] if name != "base" else []
@@ -100,7 +106,7 @@ def languages_table(arms: dict[str, Runs]) -> str:
 
 
 def extension_table(arms: dict[str, Runs]) -> str:
-    """What a vocabulary costs and brings: length of text, speed, quality. Of an arm's first seed."""
+    """Make the table of what a vocabulary changes, by an arm's first seed: text length, speed, quality."""
     rows = []
     for name, [run, *_] in arms.items():
         languages = run["bible"].values()
@@ -124,8 +130,8 @@ def extension_table(arms: dict[str, Runs]) -> str:
 
 
 def few_shot_table(arms: dict[str, Runs]) -> str:
-    """Accuracies, that of the base with its 95 % interval, those of the arms with the difference to it, its
-    interval, and p of the paired test. A mean of a few languages has no interval worth its name."""
+    """Make the table of accuracies. The base's have 95 % intervals; an arm's have the difference from the
+    base, its interval, and p of the paired test. A mean has no interval, because the languages are few."""
 
     def against(paired: dict[str, Any]) -> str:
         text = f"{paired['b']:.3f}, {paired['difference']:+.3f}"
@@ -163,7 +169,7 @@ def few_shot_table(arms: dict[str, Runs]) -> str:
 
 
 def draw_curves(arms: dict[str, Runs], path: Path) -> None:
-    """Bits per byte over the tokens that an arm has read, the first seed of each. Dashed: no new tokens."""
+    """Draw bits per byte over tokens read, for an arm's first seed. Arms without new tokens are dashed."""
     with picture(path, figsize=(10, 6)) as axis:
         for name, [run, *_] in arms.items():
             if "tokens" not in run:
@@ -179,7 +185,7 @@ def draw_curves(arms: dict[str, Runs], path: Path) -> None:
 
 
 def find_place(page: Path, text: str, name: str) -> re.Match:
-    """Where a table stands in a page. Raises UserError if there is no such place."""
+    """Find the place of a table in a page. Raises UserError if there is none."""
     if found := re.search(rf"(?<=<!-- adaptation: {name} -->\n).*?(?=<!-- end -->)", text, re.DOTALL):
         return found
     raise UserError(
@@ -188,18 +194,18 @@ def find_place(page: Path, text: str, name: str) -> re.Match:
 
 
 def check_docs(docs: Path) -> None:
-    """Raise UserError if `fill_docs` could not do its work."""
+    """Raise UserError if `fill_docs` would fail."""
     page = docs / "results.md"
     if not page.exists():
-        raise UserError(f"{page}: there is no such file; --docs takes the folder of docs/results.md")
+        raise UserError(f"{page}: there is no such file; --docs needs the folder of results.md")
     for name in TABLES:
         find_place(page, page.read_text(encoding="utf-8"), name)
     if not is_available():
-        raise UserError("--docs takes matplotlib, for the picture: pip install matplotlib")
+        raise UserError("--docs needs matplotlib for the picture; install it with `pip install matplotlib`")
 
 
 def fill_docs(docs: Path, tables: dict[str, str], curves: Path) -> None:
-    """Put each table between its two comments in results.md, and the picture beside it as adaptation.png."""
+    """Put each table between its two comments in results.md, and copy the picture to adaptation.png."""
     page = docs / "results.md"
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():

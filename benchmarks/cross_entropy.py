@@ -1,19 +1,22 @@
-"""Loss and gradients of a language model's head, at real shapes: time, peak memory and error of each way.
+"""Measure the loss and gradients of a language model's head at real shapes: time, peak memory and error.
 
     python benchmarks/cross_entropy.py [--repeats 5] [--shapes 1024,256,260164 …] [--out cross_entropy.json]
 
-With a GPU its rows are measured, else a CPU's. The implementations take turns, so that a busy machine slows
-all of them alike. "mixed" is what training has: hidden states in bfloat16, and a float32 weight, which is
-cast; "ours, in place" adds to a gradient that is there already, as all micro-batches but the first do.
+It runs on a GPU if there is one, otherwise on the CPU. The implementations take turns, so a busy machine
+slows all of them alike.
 
-    time    median of the repeats, loss and gradients of hidden states and weight
+    time    median of the repeats, for the loss and the gradients of hidden states and weight
     floor   time of the three matrix products alone (h Wᵀ, dLogits W, dLogitsᵀ h), in the same turn
     memory  peak beyond the operands and their gradients
     error   of the two gradients, |found - exact| / |exact| against float64 (half precision rounds its result)
 
-On a GPU PyTorch's own linear_cross_entropy (from 2.13 on), Liger-Kernel (with LIGER_KERNEL_IMPL=cutedsl
-its CuTe kernels), QuACK and Cut Cross-Entropy (without its gradient filtering, and with it) are measured if
-they are installed and can run; "exact float32" is F.cross_entropy on operands and logits in float32.
+"mixed" is what training uses: hidden states in bfloat16, and a float32 weight, which is cast. "ours, in
+place" adds to an existing gradient, as every micro-batch except the first does. "exact float32" is
+F.cross_entropy with operands and logits in float32.
+
+On a GPU, these peers are measured if they are installed and work: PyTorch's own linear_cross_entropy (from
+2.13 on), Liger-Kernel (its CuTe kernels with LIGER_KERNEL_IMPL=cutedsl), QuACK, and Cut Cross-Entropy with
+and without its gradient filtering.
 """
 
 import argparse
@@ -37,10 +40,10 @@ from mala.cross_entropy import linear_cross_entropy  # noqa: E402
 from mala.storage.files import write_json  # noqa: E402
 from tools.tables import print_table  # noqa: E402
 
-# (N, D, V): MaLA-500's vocabulary on a small model, SmolLM2's and LLaMA 2's, LLaMA 3's, and MaLA-500 itself.
+# (N, D, V). V is that of MaLA-500 (260,164), LLaMA 2 (32,000) or LLaMA 3 (128,256); D 4,096 is MaLA-500's.
 CPU_SHAPES = [(1024, 256, 260164), (1024, 768, 32000), (1024, 512, 128256)]
 GPU_SHAPES = [(8192, 4096, 260164), (8192, 4096, 128256), (8192, 4096, 32000)]
-DTYPES = {  # of the hidden states, and of the weight
+DTYPES = {  # (of the hidden states, of the weight)
     "float32": (torch.float32, torch.float32),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
     "mixed": (torch.bfloat16, torch.float32),
@@ -64,19 +67,19 @@ def implementations(device: str) -> dict:
         "ours, in place": partial(linear_cross_entropy, share=1.0),
     }
     if device == "cuda":
-        if hasattr(F, "linear_cross_entropy"):  # on a CPU it takes tens of seconds a call
+        if hasattr(F, "linear_cross_entropy"):  # on a CPU a call takes tens of seconds
             options = torch.nn.LinearCrossEntropyOptions()
             found["F.linear_cross_entropy"] = with_cast(partial(F.linear_cross_entropy, options=options))
         for name, load in PEERS.items():
             try:
                 found |= load()
-            except Exception as error:  # of a wrong version, too
+            except Exception as error:  # also from a wrong version
                 print(f"{name} is left out: {error}")
     return found
 
 
 def with_cast(loss_function):
-    """Of a peer that takes operands of one dtype."""
+    """Cast the weight to the dtype of the hidden states, for a peer that needs operands of one dtype."""
     return lambda hidden, weight, targets: loss_function(hidden, weight.to(hidden.dtype), targets)
 
 
@@ -105,7 +108,8 @@ PEERS = {"liger-kernel": load_liger, "quack-kernels": load_quack, "cut-cross-ent
 
 
 def gradients(loss_function, hidden, weight, targets) -> list[torch.Tensor]:
-    if weight.grad is not None:  # in place
+    """Return the loss and the gradients of hidden states and weight."""
+    if weight.grad is not None:  # in place: add to it
         hidden = hidden.detach().requires_grad_()
         loss = loss_function(hidden, weight, targets)
         loss.backward()
@@ -116,7 +120,7 @@ def gradients(loss_function, hidden, weight, targets) -> list[torch.Tensor]:
 
 
 def in_float64(hidden, weight, targets) -> list[torch.Tensor]:
-    """The exact gradients, 128 rows at a time: plainly, and slowly."""
+    """Return the exact gradients. The method is plain and slow: 128 rows at a time."""
     weight = weight.double()
     d_hidden = torch.empty(hidden.shape, dtype=torch.float64, device=hidden.device)
     d_weight = torch.zeros_like(weight)
@@ -129,7 +133,7 @@ def in_float64(hidden, weight, targets) -> list[torch.Tensor]:
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """|found - exact| / |exact|, some rows at a time: a (V, D) of float64 takes 8.5 GB."""
+    """Return |found - exact| / |exact|. Convert some rows at a time: all (V, D) in float64 take 8.5 GB."""
     pairs = zip(found.split(4096), exact.split(4096))
     return sum(((a - b).double().norm() ** 2).item() for a, b in pairs) ** 0.5 / exact.norm().item()
 
@@ -151,14 +155,14 @@ def seconds(function, device: str) -> float:
 
 
 def peak_memory(function, device: str) -> int:
-    """Bytes at the highest point of `function()`, beyond those before it."""
+    """Return the peak memory of `function()` in bytes, beyond what was in use before."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
     page = 4096
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left with the allocator would be taken again unseen
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that earlier calls freed is reused and not counted
     resident = [int(Path("/proc/self/statm").read_text().split()[1])]
     done = threading.Event()
 
@@ -176,11 +180,11 @@ def peak_memory(function, device: str) -> int:
 
 
 def measure(shape: tuple[int, int, int], dtype: str, device: str, repeats: int) -> list[dict]:
-    torch._dynamo.reset()  # it compiles a function at most 8 times
+    torch._dynamo.reset()  # torch.compile compiles a function at most 8 times
     N, D, V = shape
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(N, D, generator=generator, device=device).to(DTYPES[dtype][0])
-    weight = torch.randn(V, D, generator=generator, device=device) / D**0.5  # logits like a model's
+    weight = torch.randn(V, D, generator=generator, device=device) / D**0.5  # logits as large as a model's
     weight = weight.to(DTYPES[dtype][1])
     targets = torch.randint(0, V, (N,), generator=generator, device=device)
     expected = in_float64(hidden, weight, targets)
@@ -195,14 +199,14 @@ def measure(shape: tuple[int, int, int], dtype: str, device: str, repeats: int) 
             operand.grad = torch.zeros_like(weight)
         call = partial(gradients, loss_function, hidden, operand, targets)
         try:
-            found = call()  # a first time, also to compile
-        except Exception as error:  # out of memory, or a peer that cannot do this shape
+            found = call()  # a warm-up, which also compiles
+        except Exception as error:  # out of memory, or a peer that lacks this shape
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
             rows.append({"implementation": name, "failed": reason})
             continue
         errors = [relative_error(a, b) for a, b in zip(found[1:], expected)]
         del found
-        # The gradients are as large as the operands; one that was there before is not counted again.
+        # The gradients are as large as the operands. One that existed before is not in the peak.
         memory = peak_memory(call, device) - hidden.nbytes - (weight.nbytes if operand.grad is None else 0)
         candidates[name] = (call, {"implementation": name, "memory": max(memory, 0), "errors": errors})
     del expected
@@ -222,9 +226,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shapes", nargs="+", metavar="N,D,V", help="others than the usual ones")
+    parser.add_argument("--shapes", nargs="+", metavar="N,D,V", help="shapes instead of the usual ones")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
-    parser.add_argument("--out", type=Path, help="a JSON file for all figures")
+    parser.add_argument("--out", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -1,17 +1,17 @@
-"""Examples per second of the few-shot evaluation, beside the published procedure, tests/published.py.
+"""Measure the speed of the few-shot evaluation against the published procedure, tests/published.py.
 
-    python benchmarks/evaluate.py --data DIR    DIR holds SIB-200's eng_Latn; else the bundled sample is taken
+    python benchmarks/evaluate.py --data DIR    DIR holds SIB-200's eng_Latn; default: the bundled sample
     python benchmarks/evaluate.py --data DIR --tokenizer DIR --shape tinyllama-1.1b     on a GPU, in bfloat16
 
-The model has the shape of SmolLM2-135M and random weights: 30 layers, width 576, 9 query and 3 key/value
-heads, V 49,152. Both sides take the same weights, the same texts and the same cores, in turn; the published
-one at several batch sizes, of which the best counts. If the package lm-eval is installed,
-lm-evaluation-harness is measured, too, from the same token ids. Text is encoded by --tokenizer; with another
-than the model's own its ids stand for as many tokens.
+The model has random weights and the shape of SmolLM2-135M: 30 layers, hidden_size 576, 9 query and 3
+key/value heads, V 49,152. Both sides get the same weights, texts and cores, and take turns. The published
+procedure is measured at several batch sizes, and the best one counts. If the package lm-eval is installed,
+lm-evaluation-harness is measured as well, from the same token ids. Any --tokenizer with at most V pieces
+will do: the weights are random, so only the number of tokens matters.
 
-With --shape, or a GPU at hand, other shapes are measured, by default 1.1 and 7 billion parameters, with
-compiled blocks, and NLL of documents, too. The published procedure takes fewer of the examples then.
---shape demo tries it on a CPU.
+With --shape, or if there is a GPU, other shapes are measured instead (by default 1.1 and 7 billion
+parameters), with compiled blocks, and the NLL of documents as well. The published procedure then gets fewer
+examples. --shape demo tries this out on a CPU.
 """
 
 import argparse
@@ -56,7 +56,7 @@ SHAPE = LlamaConfig(
 )
 
 
-# A shape for a GPU -> rows of the two large matrices, and examples for the published procedure.
+# Shape -> (rows of embed_tokens and lm_head, number of examples for the published procedure).
 GPU_SHAPES = {"tinyllama-1.1b": (32000, 64), "llama-2-7b": (260164, 24), "demo": (32000, 4)}
 
 
@@ -64,18 +64,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=ROOT / "assets/demo/sib200")
     parser.add_argument(
-        "--tokenizer", default=ROOT / "assets/tiny-llama", help="a tokenizer.model, or its folder"
+        "--tokenizer", default=ROOT / "assets/tiny-llama", help="tokenizer.model, or its folder"
     )
     parser.add_argument("--shape", nargs="+", choices=GPU_SHAPES, default=[])
-    parser.add_argument("--examples", type=int, help="per measurement; 16, with --shape all")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", help="1 2 4 8 16, with --shape 8 32")
+    parser.add_argument("--examples", type=int, help="examples per measurement [16; with --shape: all]")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="[1 2 4 8 16; with --shape: 8 32]")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     if args.shape or torch.cuda.is_available():
         args.batch_sizes = args.batch_sizes or [8, 32]
         for shape in args.shape or ["tinyllama-1.1b", "llama-2-7b"]:
             measure_shape(args, shape)
-            torch._dynamo.reset()  # the blocks of another shape are no recompilation of this one's
+            torch._dynamo.reset()  # another shape's blocks must not count as recompilations
             gc.collect()
             torch.cuda.empty_cache()
             if torch.cuda.is_available():
@@ -87,7 +87,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure_shape(args: argparse.Namespace, shape: str) -> None:
-    """Print the tables of one of GPU_SHAPES, random weights in bfloat16."""
+    """Print the tables of one of GPU_SHAPES, with random weights in bfloat16."""
     began = time.perf_counter()
     rows, few = GPU_SHAPES[shape]
     model = random_model(named(shape, vocab_size=rows))
@@ -97,7 +97,7 @@ def measure_shape(args: argparse.Namespace, shape: str) -> None:
     peak = peak_flops(gpu)
 
     def share(tokens: int, predicted: int, seconds: float) -> str:
-        """Two FLOPs a weight and token; attention's own products do not count."""
+        """Format the share of peak FLOP/s: two FLOPs per weight and token, without attention's products."""
         flops = 2 * (of_blocks * tokens + of_head * predicted) / seconds
         return f"{flops / peak:.1%}" if peak else f"{flops / 1e12:.2f} TFLOP/s"
 
@@ -139,7 +139,7 @@ def measure_shape(args: argparse.Namespace, shape: str) -> None:
     del reference, what
 
     exact, of_what = scores["ours"], "ours"
-    if of_blocks < 2e9:  # in float32 it fits, too
+    if of_blocks < 2e9:  # it fits in float32, too
         with torch.compiler.set_stance("force_eager"):
             exact, of_what = loglikelihoods(model.float(), encoded[:few]), "float32"
     best = max((speed[name] for name in speed if name.startswith("published")), default=float("nan"))
@@ -154,8 +154,8 @@ def measure_shape(args: argparse.Namespace, shape: str) -> None:
     versions = f"PyTorch {torch.__version__}, transformers {transformers.__version__}"
     print(f"\n{gpu}, {shape}, {rows:,} rows, bfloat16, {versions}")
     print(
-        f"{len(examples)} examples of eng_Latn, 3 shots, {read / len(examples):.0f} tokens read of each; "
-        f"published and compared: {few}; first time, compilation included, {first:.1f} s; {memory:.1f} GB"
+        f"{len(examples)} examples of eng_Latn, 3 shots, {read / len(examples):.0f} tokens read of each "
+        f"({few} for the published procedure); first time, with compilation, {first:.1f} s; {memory:.1f} GB"
     )
     header = (
         "",
@@ -170,7 +170,8 @@ def measure_shape(args: argparse.Namespace, shape: str) -> None:
 
 
 def timed(work: Callable[[], Any], repeats: int) -> tuple[Any, float, float]:
-    """What work() gives, the seconds of a first time, and the median of the others. It ends on the CPU."""
+    """Return the result of work(), the seconds of its first call, and the median of `repeats` further calls.
+    `work` must return its result on the CPU, so that a GPU's time is included."""
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -181,7 +182,7 @@ def timed(work: Callable[[], Any], repeats: int) -> tuple[Any, float, float]:
 
 @torch.no_grad()
 def random_model(config: LlamaConfig) -> Llama:
-    """In bfloat16, where there is one on the GPU, with compiled blocks."""
+    """Make a model in bfloat16 with compiled blocks, on the GPU if there is one."""
     with torch.device("meta"):
         model = Llama(config).to(torch.bfloat16)
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
@@ -194,7 +195,7 @@ def random_model(config: LlamaConfig) -> Llama:
 
 
 def as_transformers(model: Llama) -> transformers.LlamaForCausalLM:
-    """The same weights, not copied."""
+    """Return the same model in transformers. It shares the weights."""
     config = transformers.LlamaConfig(**to_config_json(model.config))
     with torch.device("meta"):
         reference = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
@@ -204,6 +205,7 @@ def as_transformers(model: Llama) -> transformers.LlamaForCausalLM:
 
 
 def measure_on_a_cpu(args: argparse.Namespace) -> None:
+    """Print the table for SmolLM2-135M's shape, with random weights in float32."""
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
     model = Llama(SHAPE)
     init_weights(model, 0)
@@ -253,7 +255,7 @@ def measure_on_a_cpu(args: argparse.Namespace) -> None:
         for name, measure in [("mala", ours), *peers]:
             began = time.perf_counter()
             scores = measure()
-            if warm:  # a first round is not counted
+            if warm:  # the first round is not counted
                 seconds.setdefault(name, []).append(time.perf_counter() - began)
             if name == "mala":
                 expected = scores
@@ -277,7 +279,7 @@ def measure_on_a_cpu(args: argparse.Namespace) -> None:
 
 
 def lm_evaluation_harness(model: transformers.LlamaForCausalLM, tokenizer: str | Path) -> Any:
-    """The harness's own model class around the same weights, if the package lm-eval is installed."""
+    """Return the harness's model class around the same weights, or None if lm-eval is not installed."""
     try:
         from lm_eval.models.huggingface import HFLM
     except ModuleNotFoundError:

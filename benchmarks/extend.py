@@ -1,11 +1,11 @@
-"""Extending a checkpoint of LLaMA 2 7B's shape on disk: time against copying the same bytes, and peak memory.
+"""Measure time and peak memory of extending a checkpoint of LLaMA 2 7B's shape on disk, against copying it.
 
     python benchmarks/extend.py --base FILE --tokenizer FILE --folder DIR [--layers 32] [--peer]
 
-Makes a checkpoint of random bfloat16 weights in DIR (13.5 GB with all 32 layers; 35 GB must be free), then,
-each in a process of its own: copies it, extends it (`subtokens`), and with --peer does the same by
-transformers (`resize_token_embeddings`, which loads all of it). What is written is flushed to the disk and
-then removed.
+The script makes a checkpoint of random bfloat16 weights in DIR (13.5 GB with all 32 layers; 35 GB must be
+free). Then it copies the checkpoint, extends it (`subtokens`), and with --peer extends it with transformers
+(`resize_token_embeddings`, which loads all of it). Each of these runs in its own process. Its output is
+flushed to the disk, then removed.
 """
 
 import argparse
@@ -52,8 +52,8 @@ model.save_pretrained(out)
 MEASURE = """
 import os, re, sys, time
 source, out, tokenizer, pieces = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-import mala.words.new_rows, transformers  # not counted
-def memory(key):  # kB; not ru_maxrss, which a process takes over from the one that started it
+import mala.words.new_rows, transformers  # imports are not counted
+def memory(key):  # in kB; ru_maxrss would not do, because a process inherits it from its parent
     return int(re.search(key + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
 before = memory("VmRSS")
 start = time.perf_counter()
@@ -67,6 +67,7 @@ print(time.perf_counter() - start, (memory("VmHWM") - before) * 1024)
 
 
 def make_checkpoint(folder: Path, base: Tokenizer, layers: int) -> None:
+    """Write a checkpoint with random weights, in shards of at most SHARD_BYTES."""
     config = named("llama-2-7b", vocab_size=len(base), num_hidden_layers=layers)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}

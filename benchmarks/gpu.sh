@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All tables of docs/benchmarks.md that need a GPU, in one go of less than eight minutes (python -m pytest tests it):
-#   bash benchmarks/gpu.sh [FOLDER for the JSON of the tables]          one NVIDIA GPU of 80 GB
-# Peers are measured if they are installed: transformers, peft, liger-kernel, quack-kernels, cut-cross-entropy.
-# One part's failure is told at the end and stops no other. TRY=1 takes tiny sizes, to try the script on a CPU.
+# Print all tables of docs/benchmarks.md that need a GPU, in under eight minutes (python -m pytest tests the code there):
+#   bash benchmarks/gpu.sh [FOLDER for the tables as JSON]          one NVIDIA GPU of 80 GB
+# These peers are measured if they are installed: transformers, peft, liger-kernel, quack-kernels, cut-cross-entropy.
+# If a part fails, the others still run, and the end names it. TRY=1 uses tiny sizes, to try the script on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [[ ${1:-} != -* ]] || { sed -n '2,5s/^# //p' "$0"; exit; }
@@ -10,10 +10,10 @@ out=$(realpath -m "${1:-out/gpu}")
 mkdir -p "$out"
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 failed=()
-shared=../shared/data # real text, if it lies beside the project, else the bundled sample
+shared=../shared/data # real text if this folder exists, else the bundled sample
 [ -d $shared ] && data=(--data $shared/sib200 --tokenizer $shared/llama2) || data=()
 
-part() { # seconds at most, then the command
+part() { # arguments: time limit in seconds, then the command
     local limit=$1 began=$SECONDS
     shift
     echo

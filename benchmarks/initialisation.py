@@ -1,10 +1,10 @@
-"""How well a checkpoint predicts held-out text right after its vocabulary was extended, before any training.
+"""Measure how well a checkpoint predicts held-out text after its vocabulary is extended, before any training.
 
     python benchmarks/initialisation.py --model DIR --data CORPUS [--size 8000] [--documents 20] [--langs a,b]
 
-For each way to start the new rows (`--init` of `python -m mala.vocab extend`): bits per byte, the mean over
-the languages, and its least and largest value. The vocabulary is learnt, and `calibrated` fitted, on the
-train split; the test split is measured.
+For each way to initialise the new rows (`--init` of `python -m mala.vocab extend`) it prints bits per byte:
+the mean over the languages, and the least and largest value. The vocabulary is learnt on the train split,
+`calibrated` is fitted on it, and the test split is measured.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--langs", default="")
     parser.add_argument("--size", type=int, default=8000, help="pieces to learn")
     parser.add_argument("--method", choices=["continue", "union"], default="continue")
-    parser.add_argument("--documents", type=int, default=20, help="how many are measured, a language")
+    parser.add_argument("--documents", type=int, default=20, help="documents to measure per language")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 

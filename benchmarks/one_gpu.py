@@ -1,10 +1,11 @@
-"""train.py itself, with configs/one-gpu.toml, on a billion parameters: what its own log says.
+"""Run train.py with configs/one-gpu.toml on a billion parameters, and print what its log says.
 
     python benchmarks/one_gpu.py [--shape tinyllama-1.1b] [--tokenizer DIR] [--steps 30] [train.py's flags …]
 
-The checkpoint is random, in the shape of TinyLlama 1.1B, with as many rows as the tokenizer has pieces, 2,048
-by default (LLaMA 2's has 32,000); it learns the bundled corpus. A line for every five steps; the first step,
-which compiles, has its own column. Without a GPU: --shape demo --device cpu --dtype float32 --seq-len 128.
+The checkpoint has random weights, the shape of TinyLlama 1.1B, and a row for each piece of the tokenizer:
+2,048 by default, 32,000 with LLaMA 2's. It is trained on the bundled corpus. The table has a line for every
+five steps; the time of the first step, which compiles, is in its own column. Without a GPU, add
+--shape demo --device cpu --dtype float32 --seq-len 128.
 """
 
 import argparse

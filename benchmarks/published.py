@@ -1,9 +1,9 @@
-"""What MaLA-500 changed, from the published results of LLaMA 2 7B and of its versions 1 and 2.
+"""Print what MaLA-500 changed, from the published results of LLaMA 2 7B and of MaLA-500's versions 1 and 2.
 
     python benchmarks/published.py ../shared/data/reference
 
-The files are tables with a header: a language, then a figure of each of the three models; the first row is
-their mean.
+The files are tables with a header. A row has a language and one figure for each of the three models. The
+first row has the means.
 """
 
 import argparse

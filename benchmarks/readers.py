@@ -1,12 +1,15 @@
-"""How many lines of a corpus other programs cut otherwise than we do.
+"""Count the lines of a corpus that other programs tokenise differently from us.
 
     python benchmarks/readers.py --base BASE --data CORPUS,CORPUS [--sizes 4000]
 
-They read the folder that we write: AutoTokenizer of transformers, and the package `tokenizers`. Over a
-`tokenizer.model` for each way to merge, and on that file alone beside LLaMA 2's own tokenizer_config.json, as
-we left it before. Over a `tokenizer.json` there is one way to merge, and more is counted: lines that do not
-decode to themselves; lines without a new token, and which of them are cut otherwise than by the base; new
-tokens that no text encodes to, and the base's that are lost so; special tokens that moved.
+The other programs are transformers' AutoTokenizer and the package `tokenizers`. They read the folder that we
+write.
+
+- A base with a `tokenizer.model` gets a row for each way to merge. The column "before" is AutoTokenizer with
+  that file and LLaMA 2's own tokenizer_config.json, which is all that we wrote in the past.
+- A base with a `tokenizer.json` has one way to merge. More is counted: lines that do not decode to
+  themselves; lines without a new token, and how many of them get other ids than from the base; new tokens
+  that no text encodes to, and base tokens that became so; special tokens with another id.
 """
 
 import argparse
@@ -40,13 +43,13 @@ BYTE_LEVEL = ("without new", *MUST_BE_0)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", required=True)
-    parser.add_argument("--data", required=True, help="corpora, the first is learnt from")
-    parser.add_argument("--sizes", default="4000", help="pieces of the new model; tokenizer.json: added")
+    parser.add_argument("--data", required=True, help="corpora; the vocabulary is learnt from the first")
+    parser.add_argument("--sizes", default="4000", help="pieces of the new model; tokenizer.json: to add")
     args = parser.parse_args()
     base = load_tokenizer(Path(args.base))
     is_json, rows = isinstance(base, JsonTokenizer), []
     corpora = [Corpus(folder, held_out=0 if is_json else 0.2) for folder in args.data.split(",")]
-    draws = None if is_json else 20_000  # of the first corpus all, or some
+    draws = None if is_json else 20_000  # from the first corpus; None: as many as it has documents
     words = count_words(sample(corpora[0].stream("train"), 0.3, 0, draws), base.words)
     files = [file for corpus in corpora for files in corpus.files.values() for file in files]
     texts = [text for file in files for text in read_documents(file)]
@@ -56,13 +59,13 @@ def main() -> None:
         f"{len(texts):,} lines; transformers {transformers.__version__}, tokenizers {tokenizers.__version__}"
     )
     print_table(
-        ("lines cut otherwise", "pieces", "tokens", *(BYTE_LEVEL if is_json else SENTENCEPIECE)),
+        ("lines with other ids", "pieces", "tokens", *(BYTE_LEVEL if is_json else SENTENCEPIECE)),
         [(name, *(f"{count:,}" for count in counts)) for name, *counts in rows],
     )
 
 
 def sentencepiece(base: Tokenizer, words: Counter, size: int, texts: list[str]) -> list[tuple]:
-    """A row for each way to merge: its name, pieces, tokens, differences."""
+    """Return a row for each way to merge: its name, pieces, tokens, differences."""
     new, rows = Tokenizer(train_pieces(words, size)), []
     models = {"continue": continue_merges(base, words, size), "union": merge(base, new)}
     models["union, --published"] = merge(base, new, published=True)
@@ -84,19 +87,19 @@ def sentencepiece(base: Tokenizer, words: Counter, size: int, texts: list[str]) 
 
 
 def differences(tokenizer: transformers.PreTrainedTokenizerBase, texts: list, expected: list) -> int:
-    """How many of the texts have other ids."""
+    """Count the texts that get other ids than `expected`."""
     ids = tokenizer(texts, return_attention_mask=False)["input_ids"]
     return sum(ours != theirs for ours, theirs in zip(ids, expected))
 
 
 def byte_level(base: JsonTokenizer, words: Counter, size: int, texts: list[str]) -> list[tuple]:
-    """One row: its name, pieces, tokens, lines without a new token, and what MUST_BE_0."""
+    """Return one row: its name, pieces, tokens, lines without a new token, and the counts of MUST_BE_0."""
     merged, counts = JsonTokenizer(continue_merges(base, words, size), base.name), Counter()
     with tempfile.TemporaryDirectory() as folder:
         write_extended(Path(base.name).parent, base, merged, Path(folder))
         auto = transformers.AutoTokenizer.from_pretrained(folder)
         fast = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
-    for start in range(0, len(texts), 10_000):  # the package's answer to all lines would fill the memory
+    for start in range(0, len(texts), 10_000):  # the encodings of all lines would fill the memory
         lines = texts[start : start + 10_000]
         by_auto = auto(lines, add_special_tokens=False)["input_ids"]
         by_fast = fast.encode_batch(lines, add_special_tokens=False)

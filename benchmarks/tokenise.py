@@ -1,11 +1,12 @@
-"""Tokenise a corpus of many languages: mala.data beside transformers' tokenizer in `datasets.map`, in MB/s.
+"""Compare the speed of tokenising a corpus: mala.data and transformers' tokenizer in `datasets.map`, in MB/s.
 
     python benchmarks/tokenise.py --data CORPUS --tokenizer DIR [--rounds 3] [--processes 2]
 
-DIR holds a `tokenizer.model` or a `tokenizer.json`. Both get the same lines, the token that begins a text
-before each, and leave all tokens on the disk; theirs as an Arrow table, which Hugging Face's run_clm.py then
-groups into blocks in another pass, not counted here. In each round one after the other has the machine for
-itself; the table gives the medians. `datasets` is no dependency of the project: pip install datasets.
+DIR holds a `tokenizer.model` or a `tokenizer.json`. Both programs get the same lines, put the token that
+begins a text before each, and write all tokens to the disk. `datasets.map` writes an Arrow table, which
+Hugging Face's run_clm.py then groups into sequences in another pass; that pass is not counted. In each round
+the two run one after the other, so each has the machine for itself. The table gives the medians. `datasets`
+is not a dependency of the project: pip install datasets.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The processes of `datasets.map` are the parallelism, as it asks for itself.
+# `datasets.map` already runs in several processes.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import mala.data  # noqa: E402
@@ -48,7 +49,7 @@ def theirs(corpus: Corpus, tokenizer: Path, folder: Path, processes: int) -> int
     else:
         fast = transformers.LlamaTokenizer.from_pretrained(tokenizer, legacy=True, add_bos_token=True)
     bos_id = load_tokenizer(tokenizer).bos_id
-    lacks_bos = bos_id is not None and fast("a")["input_ids"][0] != bos_id  # no post_processor puts it there
+    lacks_bos = bos_id is not None and fast("a")["input_ids"][0] != bos_id  # no post_processor adds it
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         ids = fast(rows["text"])["input_ids"]
@@ -59,7 +60,7 @@ def theirs(corpus: Corpus, tokenizer: Path, folder: Path, processes: int) -> int
     lines = lines.filter(lambda row: row["text"].strip() != "", num_proc=processes)
     started = time.perf_counter()
     table = lines.map(encode, batched=True, num_proc=processes, remove_columns=["text"])
-    # The map alone: reading the text is not counted for them, it is for us.
+    # Count only the map. For us, reading the text is counted, too.
     theirs.seconds = time.perf_counter() - started
     return sum(len(ids) for batch in table.iter(1000) for ids in batch["input_ids"])
 

@@ -1,15 +1,17 @@
-"""A training step of MaLA's recipe, LoRA with whole embeddings and head, beside its peers.
+"""Measure a training step of MaLA's recipe, LoRA with whole embeddings and head, against other trainers.
 
     python benchmarks/train_step.py [--shape small|llama2-7b] [--steps 4] [--rounds 2] [--out train_step.json]
 
-Each trainer has the same random weights and sees the same random tokens (forward, backward, clipping, fused
-AdamW; dropout 0, so that the losses must agree). In each round one after the other
-has the machine for itself, in a process of its own, for a first step that is not counted and then --steps
-more; the time is the median over all rounds. Peak memory is the process's resident memory, on a GPU
-PyTorch's. `llama2-7b` is MaLA-500's own step, 260,164 rows and eight times one sequence of 4,096 tokens: it
-takes a GPU of 80 GB. There the loss of transformers is Liger-Kernel's, if it is
-installed. litgpt is measured on a CPU, in float32, if it is installed; it has no way to train embeddings
-and head whole, so this is done by hand.
+Each trainer has the same random weights and gets the same random tokens. A step is forward, backward,
+clipping and fused AdamW; dropout is 0, so the losses must agree. In each round the trainers run one after the
+other, each in its own process: a first step that is not counted, then --steps more. The time is the median
+over all rounds. Peak memory is the process's resident memory, and on a GPU PyTorch's.
+
+`llama2-7b` is MaLA-500's own step: 260,164 rows, and 8 micro-batches of one sequence of 4,096 tokens. It
+needs a GPU of 80 GB.
+
+On a GPU, transformers runs with Liger-Kernel if it is installed. On a CPU, litgpt is measured in float32 if
+it is installed. It cannot train embeddings and head whole, so the script makes them trainable.
 """
 
 import argparse
@@ -43,7 +45,7 @@ from tools.memory_plan import recomputed_blocks, room  # noqa: E402
 from tools.tables import print_table  # noqa: E402
 
 V = 260164
-SHAPES = {  # the model, sequences and tokens of a micro-batch, micro-batches of a step
+SHAPES = {  # model, sequences of a micro-batch, tokens of a sequence, micro-batches of a step
     "small": (LlamaConfig(V, 256, 688, num_hidden_layers=4, num_attention_heads=4), 4, 256, 1),
     "llama2-7b": (named("llama-2-7b", vocab_size=V), 1, 4096, 8),
 }
@@ -52,7 +54,7 @@ ADAMW = {"lr": 3e-4, "weight_decay": 0.1, "fused": True}
 
 
 def fill(model) -> None:
-    """Random weights, the same for all trainers, since parameters have the same names and order."""
+    """Fill in random weights. All trainers get the same, because their parameters have the same order."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,7 +62,7 @@ def fill(model) -> None:
 
 
 def start_lora(named_parameters) -> list[torch.Tensor]:
-    """The same A for all trainers, beside B = 0; returns what trains."""
+    """Give LoRA's A the same random values in all trainers; B stays 0. Return the trained parameters."""
     generator = torch.Generator(DEVICE).manual_seed(1)
     trained = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
     with torch.no_grad():
@@ -80,7 +82,7 @@ def our_model(shape: str, dtype: torch.dtype) -> Llama:
 
 
 def our_trainer(shape: str, dtype: torch.dtype, checkpointing: str = "auto", moments: str = "float32"):
-    """As train.py does it: what is recomputed follows from the memory there is."""
+    """Make our trainer as train.py does. "auto" recomputes as many blocks as the memory demands."""
     config, B, T, micro_batches = SHAPES[shape]
     model = our_model(shape, dtype)
     trained = start_lora(model.named_parameters())
@@ -113,7 +115,7 @@ def their_trainer(shape: str, dtype: torch.dtype):
 
             apply_liger_kernel_to_llama()
         except ModuleNotFoundError:
-            print("liger-kernel is not installed and left out", file=sys.stderr)
+            print("liger-kernel is not installed; transformers runs without it", file=sys.stderr)
     torch.set_default_dtype(dtype)
     with torch.device(DEVICE):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_config_json(SHAPES[shape][0])))
@@ -132,7 +134,7 @@ def their_trainer(shape: str, dtype: torch.dtype):
 
 
 def litgpt_trainer(shape: str, dtype: torch.dtype):
-    """As `litgpt finetune_lora`: the head in chunks of 128 positions, then `chunked_cross_entropy`."""
+    """Make litgpt's trainer as `litgpt finetune_lora` does: head and loss in chunks of 128 positions."""
     from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
     from litgpt.utils import chunked_cross_entropy
 
@@ -197,7 +199,7 @@ TRAINERS = {
     "litgpt": litgpt_trainer,
     "ours": our_trainer,
     "ours, all blocks recomputed": partial(our_trainer, checkpointing="on"),
-    "ours, the same, moments of 8 bits": partial(our_trainer, checkpointing="on", moments="8bit"),
+    "ours, all recomputed, moments of 8 bits": partial(our_trainer, checkpointing="on", moments="8bit"),
 }
 
 
@@ -208,7 +210,7 @@ def peak_memory() -> int:
 
 
 def work(trainer: str, dtype: str, shape: str, steps: int) -> None:
-    """A line on stdout for every step: its time, its loss, the peak memory so far."""
+    """Print a line of JSON for every step: its seconds, its loss, and the peak memory so far in bytes."""
     _, B, T, micro_batches = SHAPES[shape]
     loss_of, optimizer = TRAINERS[trainer](shape, getattr(torch, dtype))
     trained = optimizer.param_groups[0]["params"]
@@ -224,7 +226,7 @@ def work(trainer: str, dtype: str, shape: str, steps: int) -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss = total.item()  # waits for a GPU
+        loss = total.item()  # .item() waits for the GPU
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -238,7 +240,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="a JSON file for all figures")
+    parser.add_argument("--out", type=Path, help="JSON file for all figures")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

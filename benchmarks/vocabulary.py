@@ -1,10 +1,11 @@
-"""The two ways to extend a vocabulary, `union` and `continue`, with the same number of added pieces.
+"""Compare the two ways to extend a vocabulary, `union` and `continue`, with the same number of added pieces.
 
     python benchmarks/vocabulary.py --base BASE --data CORPUS [--sizes 8000,32000] [--json FILE]
 
-Both learn from all but the last 20 % of each language's documents, at most 1,000; fertility and unreachable
-pieces are those of tools/fertility.py. A base with a `tokenizer.json` knows no union: `continue` alone, and
---sizes are the tokens added. The memory is the most that the process held by the end of the learning.
+The last 20 % of each language's documents, at most 1,000, are held out; both ways learn from the others.
+Fertility and unreachable pieces are those of tools/fertility.py. A base with a `tokenizer.json` has no union:
+only `continue` is measured, and --sizes are the numbers of pieces to add. Memory is the peak of the process
+until the end of the learning.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument(
-        "--sizes", default="8000,32000", help="pieces of the new model of the union; tokenizer.json: added"
+        "--sizes", default="8000,32000", help="pieces of the union's new model; with a tokenizer.json: to add"
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -1,19 +1,17 @@
 """The loss of a language model from hidden states and the head's weight, without N x V memory.
 
-With MaLA-500's 260,164 pieces the logits of 4,096 tokens take 4.3 GB in float32, and training keeps several
-copies. Here they are made for some rows at a time, turned into the gradient that they would receive, and that
-into the gradients of the hidden states and of the weight; then the next rows take their place. So the
-gradient is formed in the forward pass, and only one chunk of the logits is ever held, CHUNK_BYTES at most,
-however large N is.
+With MaLA-500's 260,164 pieces, the logits of 4,096 tokens take 4.3 GB in float32, and training usually keeps
+several copies. Here the rows are processed in chunks. The forward pass computes a chunk's logits, replaces
+them by their gradient, and from it computes the gradients of the hidden states and of the weight. The next
+chunk reuses the memory, so at most CHUNK_BYTES of logits are ever held, however large N is.
 
-With h a row of the hidden states, z = h Wᵀ its logits, p = softmax(z), and e one at the target y:
+Let h be a row of the hidden states, z = h Wᵀ its logits, p = softmax(z), y the target and e its one-hot row:
 
     loss = log Σ exp(z) - z_y     d loss/d z = p - e     d loss/d h = (p - e) W     d loss/d W = (p - e)ᵀ h
 
-The step from logits to losses and p - e, times the mean's 1 / count, is in mala/loss/: PyTorch's operations
-for CPUs and all other devices, one Triton kernel for CUDA. The softmax is float32 whatever the operands, and
-so are the sums that make the two gradients. Shapes: N rows (B · T), D hidden size, V vocabulary, C rows of a
-chunk.
+mala/loss/ turns logits into losses and (p - e) / count, with a Triton kernel on CUDA and with PyTorch's
+operations on any other device. The softmax and the sums of both gradients are float32, whatever the operands'
+dtype. Shapes: N rows (B · T), D hidden size, V vocabulary, C rows of a chunk.
 """
 
 from collections.abc import Iterator
@@ -25,14 +23,14 @@ from torch import Tensor
 from mala.loss import cpu, triton_kernel
 
 IGNORE_INDEX = -100
-# What the logits of a chunk may take, in bytes: at V 260,164 257 rows in float32 on a CPU, 4,096 in bfloat16
-# on a GPU. With fewer rows the products run below their full rate, and dWeight, which every chunk reads and
-# writes, costs more.
+# Most bytes of logits in a chunk. At V = 260,164 that is 257 float32 rows on a CPU and 4,096 bfloat16 rows on
+# a GPU. With fewer rows the matrix products run below their full rate, and dWeight, which every chunk reads
+# and writes, costs more.
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
-# A GPU multiplies at full rate if every side is a multiple of 8, and 260,164 is none: cuBLAS then takes
-# kernels of older chips, half as fast. So there the last V mod 64 pieces have small products of their own.
+# A GPU multiplies at full rate only if every dimension is a multiple of 8. 260,164 is not, and cuBLAS would
+# use kernels of older chips, half as fast. So a GPU multiplies the last V mod 64 pieces separately.
 ALIGNMENT = 64
-_checked: set[tuple[torch.device, bool]] = set()  # where, in training or not, a GPU's targets were looked at
+_checked: set[tuple[torch.device, bool]] = set()  # each (GPU, is_training) whose targets were checked once
 
 
 def linear_cross_entropy(
@@ -44,20 +42,20 @@ def linear_cross_entropy(
     share: float | None = None,
     only: tuple[Tensor, slice | list[int]] | None = None,
 ) -> Tensor:
-    """Mean negative log-likelihood, in nats per target, of `targets` under softmax(hidden @ weight.T).
+    """Return the mean NLL, in nats per target, of `targets` under softmax(hidden @ weight.T).
 
     - hidden: (N, D) float32, bfloat16 or float16, the dtype of the matrix products and of the logits.
     - weight: (V, D), the weight of `lm_head`, cast to that dtype.
-    - targets: (N,) int64 in [0, V), or `ignore_index`, which is left out of the mean.
+    - targets: (N,) int64 in [0, V), or `ignore_index`, which the mean leaves out.
     - implementation: `chunked` or `triton`; by default `triton` on CUDA, else `chunked`.
-    - share: of a micro-batch in its step. The loss is multiplied by it, and dWeight is added to `weight.grad`
-      here and now, which spares a second (V, D) and a pass over it. So call `backward()` on this loss alone.
-    - only: of a frozen weight the rows that train, a leaf (n, D) float32 with the same values, and where in
-      the weight they stand. It gets their gradient, and no more of dWeight is made.
+    - share: the micro-batch's share of its step. It multiplies the loss, and the forward pass adds dWeight to
+      `weight.grad`, which saves a second (V, D) and a pass over it. So call `backward()` on the loss itself.
+    - only: if only some rows of the weight train: a leaf (n, D) float32 with their values, and their indices
+      in the weight. Only these rows get a gradient; the rest of dWeight is not computed.
 
-    Returns a float32 scalar, 0 if every target is left out. Gradients come in the operands' dtypes. Autocast
-    changes nothing. Raises ValueError for operands that do not fit and for a target outside [0, V); on CUDA
-    such a target is looked for in the first call only, later it makes the loss NaN.
+    The loss is a float32 scalar, 0 if every target is ignored. Gradients have the operands' dtypes. Autocast
+    has no effect. Raises ValueError for operands that do not fit and for a target outside [0, V). On CUDA
+    only the first call checks the targets; later a wrong one makes the loss NaN.
     """
     is_training = torch.is_grad_enabled()
     _check(hidden, weight, targets, ignore_index, is_training)
@@ -68,7 +66,7 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """NLL of every target, in nats, without gradients: (N, D), (V, D), (N,) -> (N,) float32."""
+    """Return the NLL of every target in nats, without gradients: (N, D), (V, D), (N,) -> (N,) float32."""
     _check(hidden, weight, targets, IGNORE_INDEX, is_training=False)
     implementation = _best(hidden)
     chunks = _chunks(implementation, hidden, weight.to(hidden.dtype), targets)
@@ -77,7 +75,7 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, is_training: bool) -> None:
-    """Raise ValueError for operands that do not fit, or a target without a row (a GPU is asked that once)."""
+    """Raise ValueError for operands that do not fit or a target without a row (checked once on a GPU)."""
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"hidden is {hidden.dtype}, expected float32, bfloat16 or float16")
     if hidden.ndim != 2 or weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
@@ -93,7 +91,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, i
     if wrong.any():
         at = int(wrong.nonzero()[0])
         expected = f"expected 0 to {V - 1}, or {ignore_index}"
-        raise ValueError(f"target {int(targets[at])} in place {at} has no row: {expected}")
+        raise ValueError(f"target {int(targets[at])} at index {at} has no row: {expected}")
     _checked.add((targets.device, is_training))
 
 
@@ -102,19 +100,19 @@ def _best(hidden: Tensor) -> str:
 
 
 def _chunks(implementation: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple]:
-    """Yield of each chunk its rows, hidden states (C, D), the weight, targets (C,), and memory for logits."""
+    """Yield for each chunk: its rows, hidden states (C, D), the weight, targets (C,), memory for logits."""
     N, V = len(hidden), len(weight)
     width = triton_kernel.row_width(V) if implementation == "triton" else V
     rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (hidden.element_size() * width))
-    even = -(-N // max(1, -(-N // rows)))  # the fewest chunks that fit, evenly filled, rounded up ...
-    rows = max(1, min(rows, -(-even // 16) * 16))  # ... to 16 rows, if they fit: products like that
+    even = -(-N // max(1, -(-N // rows)))  # rows per chunk if as few chunks as possible are equally full
+    rows = max(1, min(rows, -(-even // 16) * 16))  # rounded up to 16, for speed, if that fits
     memory = hidden.new_empty(rows * width)
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
         yield chunk, hidden[chunk], weight, targets[chunk], memory[: (chunk.stop - start) * width]
 
 
-@torch.autocast("cpu", enabled=False)  # it would cast some of the products and not others
+@torch.autocast("cpu", enabled=False)  # autocast would cast some products and not others
 @torch.autocast("cuda", enabled=False)
 def _forward_backward(
     implementation: str,
@@ -126,18 +124,20 @@ def _forward_backward(
     is_first: bool = True,
     index: slice | list[int] | None = None,
 ) -> Tensor:
-    """The losses of a chunk's rows, as `_chunks` yields it: (C,) float32, 0 if ignored. Their gradients times
-    `scale` are added to d_hidden (C, D) and d_weight (V, D), or (n, D) of the rows `index`, float32, if these
-    are given; d_weight holds nothing yet if `is_first`. The memory takes C rows of V or more logits, which
-    become scale · (p - e)."""
+    """Return the losses of a chunk's rows, (C,) float32, 0 if ignored, and add up gradients times `scale`.
+
+    - chunk: as `_chunks` yields it. With a scale, the logits in its memory become scale · (p - e).
+    - d_hidden, d_weight: (C, D) and (V, D) float32, or None for no gradient. With `index`, the rows of the
+      weight that train, d_weight is (n, D). If `is_first`, d_weight is not initialised yet.
+    """
     hidden, weight, targets, memory = chunk
     C, V = len(hidden), len(weight)
-    pieces = [slice(0, V)]
+    columns = [slice(0, V)]  # of the logits, multiplied apart
     if implementation == "triton":
         logits, full = memory.view(C, -1)[:, :V], V - V % ALIGNMENT  # (C, V)
-        pieces = [some for some in (slice(0, full), slice(full, V)) if some.start < some.stop]
-        for some in pieces:
-            torch.mm(hidden, weight[some].T, out=logits[:, some])
+        columns = [part for part in (slice(0, full), slice(full, V)) if part.start < part.stop]
+        for part in columns:
+            torch.mm(hidden, weight[part].T, out=logits[:, part])
         losses = triton_kernel.row_losses(logits, targets, ignore_index, scale)
     elif hidden.device.type == "cpu" and hidden.dtype == torch.float32:
         logits = memory.view(V, C).T
@@ -145,11 +145,11 @@ def _forward_backward(
     else:
         logits = torch.mm(hidden, weight.T, out=memory.view(C, V))
         losses = cpu.row_losses(logits, targets, ignore_index, scale)
-    for some in pieces:
+    for part in columns:
         if d_hidden is not None:
-            cpu.add_product(d_hidden, logits[:, some], weight[some])  # (C, V) (V, D) -> (C, D)
+            cpu.add_product(d_hidden, logits[:, part], weight[part])  # (C, V) (V, D) -> (C, D)
         if d_weight is not None and index is None:
-            cpu.add_product(d_weight[some], logits[:, some].T, hidden, is_first)  # (V, C) (C, D) -> (V, D)
+            cpu.add_product(d_weight[part], logits[:, part].T, hidden, is_first)  # (V, C) (C, D) -> (V, D)
     if d_weight is not None and index is not None:
         cpu.add_product(d_weight, logits[:, index].T, hidden, is_first)  # (n, C) (C, D) -> (n, D)
     return losses
@@ -162,7 +162,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, trained: Tensor, weight: Tensor, targets: Tensor, *mode: Any
     ) -> Tensor:
-        """trained: the weight, or its rows `index`, the last of `mode`."""
+        """Return the loss. `trained` is the weight, or those of its rows, `index` in `mode`, that train."""
         ignore_index, implementation, is_training, share, index = mode
         wants_hidden, wants_weight = (is_training and wanted for wanted in ctx.needs_input_grad[:2])
         in_place = wants_weight and share is not None and trained.is_leaf and trained.dtype == torch.float32
@@ -177,7 +177,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = [d_hidden[rows] if wants_hidden else None, d_weight, is_empty, index]
             total += _forward_backward(implementation, chunk, ignore_index, scale, *gradients).sum()
             is_empty = False
-        if wants_weight and is_empty:  # no chunk came, so nothing is written to it yet
+        if wants_weight and is_empty:  # there was no chunk, so it is not written yet
             d_weight.zero_()
         if in_place:
             trained.grad, d_weight = d_weight, None
@@ -186,8 +186,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:  # they were scaled in place, to hold no second copy of (V, D)
-            raise RuntimeError("the loss's gradient is taken a second time; call linear_cross_entropy again")
+        if ctx.gradients is None:  # they are scaled in place, to save a second (V, D)
+            raise RuntimeError("backward ran a second time on this loss; call linear_cross_entropy again")
         pairs, ctx.gradients = zip(ctx.gradients, ctx.dtypes), None
         d_hidden, d_weight = (None if one is None else one.mul_(d_loss).to(dtype) for one, dtype in pairs)
         return d_hidden, d_weight, *[None] * 7

@@ -1,15 +1,15 @@
-"""Token files, and what every training step sees of them.
+"""Token files, and the batches that training reads from them.
 
-A corpus is tokenised once, by as many processes as there are cores. Every corpus file gets a token file: the
-tokens of its documents, before each what begins a document (`<s>`), as little-endian uint16, or as uint32 if
-the vocabulary takes it; then, as uint32, how many tokens each document has. `index.json` says which came from
-what, so that only what changed is tokenised again:
+A corpus is tokenised once, by one process per core. Each corpus file gets a token file. It begins with the
+tokens of all documents, each document after the tokenizer's `<s>`, as little-endian uint16, or uint32 for
+more than 65,536 pieces. Each document's number of tokens follows, as uint32. `index.json` records the source
+of each token file, so only changed corpus files are tokenised again:
 
     {"tokenizer": SHA-256, "dtype": "uint16", "languages": {"swh_Latn": [{"source": "swh_Latn.txt", "digest":
         SHA-256, "file": "swh_Latn.0.bin", "documents": 5, "tokens": 130, "bytes": 280, …}, …]}}
 
-Packing is MaLA-500's, but that nothing is cut away: everything of a language in a row, cut into blocks of
-`seq_len`, the last one filled up from the beginning. Attention reaches over the borders of documents.
+Packing is MaLA-500's, except that no token is dropped: a language's documents are concatenated and cut into
+blocks of `seq_len`, and the last block is filled up from the beginning. Attention crosses document borders.
 """
 
 import hashlib
@@ -36,21 +36,22 @@ from tqdm import tqdm
 from mala.cli import UserError
 from mala.storage.corpus import LANGUAGE, Corpus, language_shares
 from mala.storage.corpus_formats import Reading, read_documents
-from mala.storage.files import COPY_BYTES, atomic_file, read_json, write_json
+from mala.storage.files import atomic_file, read_json, write_json
 from mala.words.tokenizer import Tokenizer
 
-POOL_BYTES = 2**22  # what is smaller is tokenised before other processes have started
-PREFETCH = 2  # batches that are read ahead
+POOL_BYTES = 2**22  # less text than this is tokenised faster than other processes can start
+READ_BYTES = 2**24  # bytes in one read: few calls, and little memory
+PREFETCH = 2  # number of batches to read ahead
 Batch = TypeVar("Batch")
 
 
 def cores() -> int:
-    """How many cores this process may use: a scheduler's share of the machine, if it is limited to one."""
+    """Return how many cores this process may use. A scheduler may grant only some of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def file_digests(files: list[Path], known: dict[str, Any]) -> dict[str, list]:
-    """path -> [bytes, time of change in ns, SHA-256]. known: an earlier answer, to read only what changed."""
+    """Return path -> [bytes, mtime in ns, SHA-256]. known: an earlier result, to read only changed files."""
 
     def digest(file: Path) -> list:
         status, entry = file.stat(), known.get(str(file.resolve()))
@@ -58,7 +59,7 @@ def file_digests(files: list[Path], known: dict[str, Any]) -> dict[str, list]:
             return entry
         content = hashlib.sha256()
         with open(file, "rb") as opened:
-            while block := opened.read(COPY_BYTES):
+            while block := opened.read(READ_BYTES):
                 content.update(block)
         return [status.st_size, status.st_mtime_ns, content.hexdigest()]
 
@@ -69,28 +70,28 @@ def file_digests(files: list[Path], known: dict[str, Any]) -> dict[str, list]:
 
 @dataclass
 class TokenFile:
-    """A token file to be made, of one corpus file."""
+    """A token file to make from one corpus file."""
 
     language: str
     source: Path
     size: int  # of the source, in bytes
-    entry: dict[str, Any]  # what the index will say of it
+    entry: dict[str, Any]  # the part of its index entry that is known before tokenising
     reading: Reading
 
 
 def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], root: Path) -> None:
-    """Bring the token files in `root` up to date with a corpus's files that hold training documents. They
-    hold what is held out of these files, too; `open_streams` leaves it out. A killed run goes on where it
-    was. digests: `file_digests` of the corpus. Raises UserError for a corpus file that cannot be read."""
+    """Bring the token files in `root` up to date with the corpus files that hold training documents.
+    Held-out documents in these files are tokenised too; `open_streams` leaves them out. After a kill,
+    the next call continues. digests: the corpus's `file_digests`. Raises UserError for an unreadable file."""
     made_by = {"tokenizer": hashlib.sha256(tokenizer.model).hexdigest(), "dtype": token_dtype(tokenizer).name}
     try:
         index = read_json(root / "index.json")
-    except UserError:  # not there yet, or damaged: it is made again
+    except UserError:  # missing or damaged: start a new one
         index = {}
     older = {part["file"]: part for parts in index.get("languages", {}).values() for part in parts}
     usable, languages = {}, {}
-    if made_by.items() <= index.items():  # languages outside this corpus stay: another run may use them
-        usable = {name: part for name, part in older.items() if "text_bytes" in part}  # once not counted
+    if made_by.items() <= index.items():  # keep languages outside this corpus: another run may use them
+        usable = {name: part for name, part in older.items() if "text_bytes" in part}  # old versions lack it
         languages = {name: parts for name, parts in index["languages"].items() if name not in corpus.files}
     missing = []
     for language in corpus.languages:
@@ -108,7 +109,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
         if re.fullmatch(rf"{LANGUAGE.pattern}\.[\d.]+\.bin", name):
             (root / name).unlink(missing_ok=True)
 
-    missing.sort(key=lambda job: -job.size)  # the largest first: none is left to one process at the end
+    missing.sort(key=lambda job: -job.size)  # largest first, so that all processes end at about the same time
     size = sum(job.size for job in missing)
     with tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for job, part in _in_parallel(missing, root, tokenizer):
@@ -120,11 +121,11 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
 
 
 def _in_parallel(jobs: list[TokenFile], root: Path, tokenizer: Tokenizer) -> Iterator[tuple[TokenFile, dict]]:
-    """Make token files; yields each with its entry in the index as it is finished."""
+    """Write the token files, in parallel if they are large. Yield each finished job and its index entry."""
     if len(jobs) <= 1 or sum(job.size for job in jobs) < POOL_BYTES:
         yield from ((job, _write_tokens(job, root, tokenizer)) for job in jobs)
         return
-    # On Linux a fork, as PyTorch's DataLoader does: a new interpreter would import PyTorch for seconds.
+    # Fork on Linux, as PyTorch's DataLoader does: a new interpreter would take seconds to import PyTorch.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(min(len(jobs), cores()), context, _start_worker, (tokenizer,)) as pool:
         try:
@@ -132,23 +133,23 @@ def _in_parallel(jobs: list[TokenFile], root: Path, tokenizer: Tokenizer) -> Ite
             for done in as_completed(running):
                 yield running[done], done.result()
         except BrokenProcessPool:
-            reason = "a process that tokenised was killed (is the memory full?)"
-            raise UserError(f"{reason}; the same command goes on") from None
-        except BaseException:  # one bad file ends the work on the others at once
+            reason = "a tokenising process was killed (out of memory?)"
+            raise UserError(f"{reason}; run the same command again to continue") from None
+        except BaseException:  # after one bad file, do not wait for the others
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
 
 
-_tokenizer: Tokenizer  # of a worker process
+_tokenizer: Tokenizer  # set in worker processes only
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _tokenizer
     _tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the main process ends its workers itself
 
-    def follow_parent() -> None:  # ends this worker when the main process was killed
+    def follow_parent() -> None:  # end this worker if the main process is killed
         multiprocessing.parent_process().join()
         os._exit(1)
 
@@ -160,7 +161,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def _write_tokens(job: TokenFile, root: Path, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """Write a token file; returns its entry in the index, with how many documents and tokens it holds."""
+    """Write a token file. Return its index entry, with its numbers of documents, tokens and text bytes."""
     tokenizer, lengths, text_bytes = tokenizer or _tokenizer, array("I"), 0
     with atomic_file(root / job.entry["file"], "wb") as file:
         for text in read_documents(job.source, job.reading):
@@ -174,8 +175,8 @@ def _write_tokens(job: TokenFile, root: Path, tokenizer: Tokenizer | None = None
 
 
 class Stream:
-    """The tokens of a language's `documents` in a row, memory-mapped from one or more files. It is drawn by
-    weight times size^alpha; its size is the number of documents, if none is given."""
+    """A language's tokens in a row, memory-mapped from one or more files. `Batches` draws the language with
+    probability proportional to weight · size^alpha. size: by default the number of `documents`."""
 
     def __init__(self, parts: list[np.ndarray], documents: int, size: float = 0, weight: float = 1):
         self.parts, self.documents, self.size, self.weight = parts, documents, size or documents, weight
@@ -185,7 +186,7 @@ class Stream:
         return int(self.ends[-1])
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from `start` on, from the first again after the last: (count,)."""
+        """Return `count` tokens from `start` on, (count,). After the last token comes the first again."""
         taken = []
         while count:
             start %= len(self)
@@ -197,27 +198,27 @@ class Stream:
 
 
 def open_part(file: Path, dtype: str, documents: int, tokens: int, first: int) -> np.ndarray:
-    """The tokens of the `first` documents of a token file, of all if it has fewer, memory-mapped."""
+    """Memory-map the tokens of a token file's `first` documents, or of all if it has fewer."""
     stream = np.memmap(file, dtype, "r", shape=tokens)
     lengths = np.memmap(file, "<u4", "r", offset=stream.nbytes, shape=documents)
     return stream[: tokens - int(lengths[max(0, first) :].sum())]
 
 
 def open_streams(corpus: Corpus, root: Path, by: str = "documents") -> dict[str, Stream]:
-    """language -> its training tokens, left in `root` by `tokenise`. by: what their size counts, documents,
-    bytes of text, in UTF-8, or tokens. Raises UserError if there are none."""
+    """Return language -> its training tokens, from the token files in `root`. by: the unit of a stream's
+    size: "documents", "bytes" (of UTF-8 text) or "tokens". Raises UserError if there are no tokens."""
     index, streams = read_json(root / "index.json"), {}
     for language in corpus.languages:
         parts = [part for part in index["languages"].get(language, []) if part["tokens"]]
         total = sum(part["documents"] for part in parts)
-        _, end = corpus.documents(language, "train").part(total)  # the held-out documents are the last
+        _, end = corpus.documents(language, "train").part(total)  # held-out documents come last
         maps, left, text_bytes = [], end, 0.0
         for part in parts:
             sizes = part["documents"], part["tokens"]
             maps.append(open_part(root / part["file"], index["dtype"], *sizes, left))
             left -= part["documents"]
-            # Of a file that is partly held out, in proportion to the tokens.
-            text_bytes += part.get("text_bytes", 0) * len(maps[-1]) / part["tokens"]
+            # If part of the file is held out, its training bytes are estimated from its training tokens.
+            text_bytes += part["text_bytes"] * len(maps[-1]) / part["tokens"]
         if tokens := sum(map(len, maps)):
             sizes = {"documents": end, "bytes": text_bytes, "tokens": tokens}
             streams[language] = Stream(maps, end, sizes[by])
@@ -227,9 +228,9 @@ def open_streams(corpus: Corpus, root: Path, by: str = "documents") -> dict[str,
 
 
 class Batches:
-    """What every training step sees: a pure function of seed, step, rank and number of processes. A row of a
-    batch is a block of one language: the language is drawn by `language_shares`, as MaLA-500 sampled
-    Glot500-c, and its blocks come in a new random order each time all of them have been seen."""
+    """The batches of a run: a pure function of seed, step, process rank and number of processes. Each row is
+    a block of one language, drawn by `language_shares`, as MaLA-500 sampled Glot500-c. A language's blocks
+    come in random order, in a new order each time all have been seen."""
 
     def __init__(
         self, streams: dict[str, Stream], seq_len: int, batch_size: int, steps: int, alpha: float, seed: int
@@ -250,26 +251,26 @@ class Batches:
                 self.block_of_row.flat[once] = rng.permutation(blocks)[: len(once)]
 
     def languages_of(self, step: int) -> list[str]:
-        """The languages of the B rows of a step."""
+        """Return the language of each of a step's B rows."""
         return [self.languages[language] for language in self.language_of_row[step]]
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """tokens (B, T) int64, and targets (B, T) int64, the token after each."""
+        """Return a step's tokens, (B, T) int64, and targets, (B, T) int64: the token after each."""
         return self.share(step, 0, 1)
 
     def share(self, step: int, rank: int, processes: int) -> tuple[Tensor, Tensor]:
-        """What process `rank` of so many sees of a step: its part of the B rows, in order."""
+        """Return process `rank`'s part of a step's B rows, as `__getitem__` does: (B / processes, T) each."""
         size = self.batch_size // processes
         rows = slice(rank * size, (rank + 1) * size)
         drawn = zip(self.language_of_row[step, rows], self.block_of_row[step, rows].tolist())
-        # T + 1 tokens a row: the block and, as the last one's target, the token that follows it.
+        # Each row takes T + 1 tokens: the token after the block is the target of the block's last token.
         blocks = [self.streams[index].take(block * self.seq_len, self.seq_len + 1) for index, block in drawn]
         tokens = torch.from_numpy(np.stack(blocks).astype(np.int64))  # (B / processes, T + 1)
         return tokens[:, :-1], tokens[:, 1:]
 
 
 def read_ahead(load: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
-    """load(step) for every step, read by a thread while the caller is busy with those before."""
+    """Yield load(step) for each step. A thread loads the next steps while the caller works."""
     with ThreadPoolExecutor(1) as thread:
         coming = deque(thread.submit(load, step) for step in steps[:PREFETCH])
         for step in steps:

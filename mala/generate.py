@@ -1,6 +1,6 @@
 """Continue a text, token by token: `python -m mala.generate --prompt "…" [--model …] [--adapter …]`.
 
-The prompt is read in one pass, which fills the key/value cache; each later pass reads the token drawn last.
+One pass reads the prompt and fills the key/value cache. Each later pass reads only the token drawn last.
 """
 
 from collections.abc import Collection, Iterator
@@ -14,12 +14,12 @@ from mala.words.tokenizer import Tokenizer
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token from logits (V,): of softmax(logits / temperature), cut to its nucleus (arXiv 1904.09751)."""
+    """Draw a token of the top-p nucleus (arXiv 1904.09751) of softmax(logits / temperature). logits: (V,)."""
     if temperature == 0:
         return int(logits.argmax())
     p = torch.softmax(logits.float().cpu() / temperature, dim=0)
     p, order = p.sort(descending=True, stable=True)  # (V,) each
-    nucleus = p.cumsum(0) - p < top_p  # less than top_p lies before a token: the likeliest is always kept
+    nucleus = p.cumsum(0) - p < top_p  # tokens before it sum to less than top_p, so the first stays
     return int(order[torch.multinomial(p * nucleus, 1, generator=generator)])
 
 
@@ -33,11 +33,11 @@ def generate(
     seed: int = 0,
     ends: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yield up to `max_tokens` tokens after a prompt's `ids`, and stop before one that ends a text: one of
-    `ends` or of the config's `eos_token_id`. Raises UserError if they do not fit the model's context."""
+    """Yield up to `max_tokens` tokens after the prompt `ids`, and stop before one of `ends` or the config's
+    `eos_token_id`. Raises UserError if the prompt and the new tokens do not fit the model's context."""
     room, total = model.config.max_position_embeddings, len(ids) + max_tokens
     if total > room:
-        found = f"a prompt of {len(ids)} tokens and {max_tokens} new ones are more than the model's context"
+        found = f"a prompt of {len(ids)} tokens and {max_tokens} new tokens exceed the model's context"
         raise UserError(f"{found} of {room}; shorten the prompt or lower --max-tokens")
     eos = model.config.eos_token_id
     ends = {*ends, *(eos if isinstance(eos, list) else [eos])}
@@ -49,11 +49,11 @@ def generate(
         if token in ends:
             return
         yield token
-        ids = [token]  # what is not in the cache
+        ids = [token]  # the cache holds all others
 
 
 def stream(tokenizer: Tokenizer, ids: list, new: Iterator[int]) -> Iterator[str]:
-    """The text of new tokens; a character of several byte tokens is held back until it is whole."""
+    """Yield the text of new tokens. Hold back a character of several byte tokens until it is complete."""
     ids, shown = list(ids), tokenizer.decode(ids)
     for token in new:
         ids.append(token)

@@ -1,11 +1,10 @@
-"""LoRA (arXiv 2106.09685): train a low-rank update of chosen matrices, W + (alpha/r) B A, and leave W as it
-is.
+"""LoRA (arXiv 2106.09685): train a low-rank update of chosen matrices, W + (alpha/r) B A, with W frozen.
 
-    python -m mala.lora merge --model BASE --adapter DIR --out DIR       a plain checkpoint, for any program
+    python -m mala.lora merge --model BASE --adapter DIR --out DIR       writes a plain checkpoint
 
-MaLA-500 also trains the embeddings and the head whole (`modules_to_save`), since the rows of new pieces start
-from little. How an adapter lies on disk is in mala/storage/peft_adapter.py. Shapes: B batch, T tokens, R
-rank, D_in and D_out the width of a layer's input and output.
+MaLA-500 also trains the whole embeddings and head (`modules_to_save`), because the rows of new pieces start
+with little knowledge. mala/storage/peft_adapter.py reads and writes adapters. Shapes: B batch, T tokens,
+R rank, D_in and D_out the widths of a layer's input and output.
 """
 
 import math
@@ -24,15 +23,15 @@ from mala.storage.adapter_config import BLOCK, ENDS_WITH, SAVEABLE, check_lora_c
 
 @dataclass
 class LoRAConfig:
-    """The settings of an adapter, under the names of `adapter_config.json`. The defaults are MaLA-500's.
+    """The settings of an adapter, named as in `adapter_config.json`. The defaults are MaLA-500's.
 
-    - target_modules: ends of layers' names, such as `q_proj` or `layers.0.self_attn.q_proj`; or one string,
-      `all-linear` or a regular expression that matches full names.
-    - layers_to_transform: the only blocks where ends of names count; their numbers follow the first of
-      `layers_pattern` (regular expressions) in a name. exclude_modules: layers named so get no LoRA.
-    - rank_pattern, alpha_pattern: a regular expression for the end of layers' names -> their r or lora_alpha.
-    - trainable_token_indices: embed_tokens or lm_head -> the only rows of it that train. Of a matrix that is
-      both, embed_tokens alone is named.
+    - target_modules, exclude_modules: the layers that get LoRA, and exceptions. Ends of layer names, such as
+      `q_proj` or `layers.0.self_attn.q_proj`, or a string: a regular expression, or for targets `all-linear`.
+    - layers_to_transform: numbers of blocks. Only their layers, and those named in full, get LoRA.
+    - layers_pattern: regular expressions for what precedes the block's number in a layer's name.
+    - rank_pattern, alpha_pattern: regular expression for the end of a layer's name -> its r or lora_alpha.
+    - trainable_token_indices: embed_tokens or lm_head -> its only rows that train. In a tied model name
+      embed_tokens.
     """
 
     r: int = 8
@@ -49,23 +48,23 @@ class LoRAConfig:
     trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.target_modules == ("all-linear",):  # as a command line gives it
+        if self.target_modules == ("all-linear",):  # as the command line passes it
             self.target_modules = "all-linear"
         check_lora_config(self)
 
     def targets(self, name: str) -> bool:
-        """Whether the layer `name` gets LoRA, by the rule of PEFT's `check_target_module_exists`."""
+        """Return whether layer `name` gets LoRA. Follows PEFT's `check_target_module_exists`."""
         wanted, blocks = self.target_modules, self.layers_to_transform
         if is_named(name, self.exclude_modules or ()):
             return False
-        if not blocks or name in wanted:  # a full name needs no block
+        if not blocks or name in wanted:  # a layer named in full may be in any block
             return wanted == "all-linear" or is_named(name, wanted)
         numbers = (re.match(BLOCK.format(part), name) for part in self.layers_pattern or [r"[^.]*"])
         number = next(filter(None, numbers), None)
         return is_named(name, wanted) and number is not None and int(number["idx"] or -1) in blocks
 
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
-        """R of the layer `name`, and its update's factor: alpha/R, or alpha/√R (rsLoRA, arXiv 2312.03732)."""
+        """Return layer `name`'s rank R and scaling: alpha/R, or alpha/√R for rsLoRA (arXiv 2312.03732)."""
 
         def setting(patterns: dict, default: float) -> float:
             matching = (own for pattern, own in patterns.items() if re.match(ENDS_WITH.format(pattern), name))
@@ -77,14 +76,15 @@ class LoRAConfig:
 
 
 def is_named(name: str, wanted: tuple[str, ...] | str) -> bool:
-    """Whether a regular expression matches a full name, or one of some names is its end."""
+    """Return whether `name` matches the regular expression `wanted`, or ends in one of the names `wanted`."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(f".{name}".endswith(f".{end}") for end in wanted)
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + scaling · B A dropout(x):
+    """A linear layer with a low-rank update, y = W x + b + scaling · B A dropout(x).
+
 
     x (B, T, D_in) ──┬───────────── W (D_out, D_in), b ───────────────┬── + ──> y (B, T, D_out)
                      │              frozen, compute dtype             │
@@ -93,7 +93,7 @@ class LoRALinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, r: int, scaling: float, dropout: float):
-        nn.Module.__init__(self)  # not nn.Linear's: the weight and the bias are taken over, not made anew
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         device = linear.weight.device
@@ -108,8 +108,8 @@ class LoRALinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) + self.scaling * update
 
     def merged(self) -> nn.Linear:
-        """A plain layer with W + scaling · B A: the sum in float32, then rounded to W's dtype."""
-        with torch.device("meta"):  # its weight is set below
+        """Return a plain layer with weight W + scaling · B A, added in float32 and rounded to W's dtype."""
+        with torch.device("meta"):  # the weight is set below
             linear = nn.Linear(self.in_features, self.out_features, bias=False)
         weight = self.weight.float() + self.scaling * (self.lora_B @ self.lora_A)
         linear.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
@@ -118,20 +118,20 @@ class LoRALinear(nn.Linear):
 
 
 class TrainedRows(nn.Module):
-    """Rows `ids` of a frozen matrix (V, D) that train: (n, D) float32, as are their gradients and moments.
-    PEFT calls them a delta, but they take the place of the rows."""
+    """The rows `ids` of a frozen (V, D) matrix, which train: (n, D) float32, like gradients and moments.
+    PEFT named the parameter a delta, but its rows replace those of the matrix."""
 
     def __init__(self, weight: Tensor, ids: list[int]):
         super().__init__()
         first, last = ids[0], ids[-1] + 1
-        self.index = slice(first, last) if ids == list(range(first, last)) else ids  # of rows in a row a view
+        self.index = slice(first, last) if ids == list(range(first, last)) else ids  # a slice spares copies
         self.trainable_tokens_delta = nn.Parameter(weight.detach()[ids].to(torch.float32))
         self.V = len(weight)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """x (B, T, D), looked up in the frozen matrix, with the trained rows for those of `tokens` (B, T)."""
+        """Put the trained rows into a copy of x (B, T, D), which are the frozen rows of `tokens` (B, T)."""
         n = len(self.trainable_tokens_delta)
-        number = torch.full((self.V,), -1, device=tokens.device)  # of each token's row, -1 if it is frozen
+        number = torch.full((self.V,), -1, device=tokens.device)  # id -> its trained row, or -1
         number[self.index] = torch.arange(n, device=tokens.device)
         at = number[tokens]
         rows = F.embedding(at.clamp(min=0), self.trainable_tokens_delta)
@@ -139,11 +139,12 @@ class TrainedRows(nn.Module):
 
     @torch.no_grad()
     def put_into(self, weight: Tensor) -> None:
+        """Copy the trained rows into the whole matrix (V, D)."""
         weight.detach()[self.index] = self.trainable_tokens_delta.to(weight.dtype)
 
 
 def train_all(model: Llama) -> None:
-    """Train every weight, as EMMA-500 did (arXiv 2409.17892): float32, cast to the dtype that it had."""
+    """Let all weights train in float32, like EMMA-500 (arXiv 2409.17892). Blocks compute in the old dtype."""
     model.computes_in = model.compute_dtype
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -152,15 +153,15 @@ def train_all(model: Llama) -> None:
 
 
 def add_lora(model: Llama, config: LoRAConfig) -> None:
-    """Freeze the model, replace every target by a LoRALinear, and train in float32 `modules_to_save` whole,
-    or the rows of `trainable_token_indices`."""
+    """Freeze the model and replace every target by a LoRALinear. Let `modules_to_save` train whole, and the
+    rows `trainable_token_indices` of other modules, in float32. Raises UserError, see `find_targets`."""
     targets = find_targets(model, config)
     model.requires_grad_(False)
     for name in targets:
         layer = LoRALinear(model.get_submodule(name), *config.rank_and_scaling(name), config.lora_dropout)
         model.set_submodule(name, layer)
     start_lora(model)
-    # A copy: the weights may still be a map of the checkpoint's file.
+    # Copy the weight: it may still be memory-mapped from the checkpoint's file.
     for module in saved_modules(model, config.modules_to_save).values():
         module.weight = nn.Parameter(module.weight.detach().to(torch.float32, copy=True))
     model.tie_weights()
@@ -169,12 +170,12 @@ def add_lora(model: Llama, config: LoRAConfig) -> None:
     if config.trainable_token_indices and model.config.tie_word_embeddings:
         model.lm_head.token_adapter = model.model["embed_tokens"].token_adapter
     model.lora_config = config
-    model.lora_saved = config.modules_to_save  # the modules that an adapter of this model holds whole
+    model.lora_saved = config.modules_to_save  # the modules that `save_adapter` writes whole
 
 
 def start_lora(model: Llama) -> None:
-    """A starts Kaiming-uniform, as nn.Linear and PEFT do, and B at zero: training starts from the base model.
-    A is drawn whole where only a part is kept: any number of processes start from the same bits."""
+    """Draw A Kaiming-uniform, as PEFT does, and set B to zero, so training starts from the base model.
+    Each process draws the whole A, even if it keeps a shard, so their number does not change the bits."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
             A = torch.empty(module.lora_A.shape, device=module.lora_A.device)
@@ -184,76 +185,71 @@ def start_lora(model: Llama) -> None:
 
 @torch.no_grad()
 def merge_lora(model: Llama) -> None:
-    """Put a plain layer with the sum in place of every LoRALinear. The model has no adapter from then on."""
-    if not has_adapter(model):
+    """Replace every LoRALinear by a plain layer that includes its update. Then the model has no adapter."""
+    if not model.lora_config:
         raise UserError("the model has no adapter to merge")
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             model.set_submodule(name, module.merged())
     for module in (model.model["embed_tokens"], model.lm_head):
-        if rows := getattr(module, "token_adapter", None):
+        if rows := module.token_adapter:
             rows.put_into(module.weight)
             module.token_adapter = None
     model.lora_config = None
 
 
-def has_adapter(model: Llama) -> bool:
-    return getattr(model, "lora_config", None) is not None
-
-
 def find_targets(model: Llama, config: LoRAConfig) -> list[str]:
-    """The full names of the layers that get LoRA: the linear ones of the blocks that `target_modules` names.
-    Raises UserError for a name that no such layer has, and if the model cannot train as configured."""
-    if has_adapter(model):
-        raise UserError("the model has an adapter already; merge it first")
+    """Return the full names of the layers that get LoRA, all of them linear layers of the blocks. Raises
+    UserError if `target_modules` names anything else, and if the model cannot train as configured."""
+    if model.lora_config:
+        raise UserError("the model already has an adapter; merge it first")
     if model.config.tie_word_embeddings and len(config.modules_to_save) == 1:
-        alone = f"modules_to_save names {config.modules_to_save[0]} alone"
-        raise UserError(f"{alone}, but here embed_tokens and lm_head are one matrix; name both or neither")
+        alone = f"modules_to_save names only {config.modules_to_save[0]}"
+        raise UserError(f"{alone}, but this model ties embed_tokens and lm_head; name both or neither")
     for name, ids in config.trainable_token_indices.items():
         if name == "lm_head" and model.config.tie_word_embeddings:
-            raise UserError("trainable_token_indices names lm_head, but here that is embed_tokens; name this")
+            raise UserError("trainable_token_indices names lm_head, but the model is tied; name embed_tokens")
         if max(ids) >= model.config.vocab_size:
-            found = f"row {max(ids):,}, but {name} has {model.config.vocab_size:,}"
-            raise UserError(f"trainable_token_indices names {found}; the base is another than in training")
+            found = f"row {max(ids):,}, but {name} has {model.config.vocab_size:,} rows"
+            raise UserError(f"trainable_token_indices names {found}; use the base it was trained on")
     modules = model.model.named_modules(prefix="model")
     linear = [name for name, module in modules if isinstance(module, nn.Linear)]
     known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
     wanted = config.target_modules
     for end in () if isinstance(wanted, str) else wanted:
         if not any(is_named(name, (end,)) for name in (*linear, *saved_modules(model, SAVEABLE))):
-            raise UserError(f"target_modules names {end!r}, expected some of {known}")
+            raise UserError(f"target_modules names {end!r}, expected layers such as {known}")
     for name in saved_modules(model, tuple(set(SAVEABLE) - set(config.modules_to_save))):
         if wanted != "all-linear" and config.targets(name):
             expected = f"expected only layers of the blocks: {known}"
-            raise UserError(f"target_modules, {wanted!r}, matches {name}, {expected}")
+            raise UserError(f"target_modules is {wanted!r}, which matches {name}; {expected}")
     found = [name for name in linear if config.targets(name)]
     if wanted and not found:
         chosen = config.layers_to_transform or config.exclude_modules
-        left = " that layers_to_transform and exclude_modules leave" if chosen else ""
-        raise UserError(f"target_modules, {wanted!r}, matches no layer{left}, expected some of {known}")
+        left = " that layers_to_transform and exclude_modules allow" if chosen else ""
+        raise UserError(f"target_modules is {wanted!r}, which matches no layer{left}; choose from {known}")
     return found
 
 
 def saved_modules(model: Llama, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Full name -> module, for those of `embed_tokens` and `lm_head` that are in `names`."""
+    """Return full name -> module for `embed_tokens` and `lm_head`, if they are in `names`."""
     modules = {"model.embed_tokens": model.model["embed_tokens"], "lm_head": model.lm_head}
     return {name: module for name, module in modules.items() if name.rpartition(".")[2] in names}
 
 
 def saved_module_of(parameter: str) -> str | None:
-    """Which of `embed_tokens` and `lm_head` a parameter of that name belongs to."""
+    """Return which of `embed_tokens` and `lm_head` the parameter belongs to, or None."""
     return next((name for name in SAVEABLE if name in parameter.split(".")), None)
 
 
 def trainable_parameters(model: Llama) -> dict[str, nn.Parameter]:
-    """Name -> parameter, for all that train; each is float32."""
+    """Return name -> parameter for all parameters that train. Each is float32."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def parameter_report(model: Llama) -> str:
-    """How many parameters train, of how many. PEFT's count for MaLA-500, 2.1 of 10 billion, holds the frozen
-    originals of embed_tokens and lm_head, too, which it keeps beside the trained copies; here there is one of
-    each."""
+    """Return how many parameters train, out of how many, as a phrase. For MaLA-500 PEFT counts 2.1 of 10
+    billion, because it also keeps frozen originals of embed_tokens and lm_head; here there are none."""
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     total = sum(parameter.numel() for parameter in model.parameters())
     return f"training {trained:,} of {total:,} parameters ({trained / total:.1%})"

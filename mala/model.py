@@ -1,15 +1,14 @@
-"""LLaMA, for training and scoring, in the Hugging Face layout of weights.
+"""The LLaMA model, for training and scoring.
 
 Notable features:
-- RMSNorm before each half of a block, rotary positions, SwiGLU, no biases unless the config asks for them
-- grouped-query attention: K key/value heads serve H query heads
-- rotary scaling `linear` and `llama3`, in the spelling of transformers 4 and in that of transformers 5
-- the loss is taken inside `forward`: a caller never holds the logits of a training step
-- mixed dtypes: blocks compute in the frozen weights' dtype; what trains is float32, and cast to it
+- RMSNorm before attention and before the MLP, rotary positions, SwiGLU; biases only if the config asks
+- grouped-query attention: each of K key/value heads serves H / K query heads
+- rotary scaling `linear` and `llama3`, as transformers 4 or 5 writes it in config.json
+- `forward` computes the loss, so the caller never holds the logits of a training step
+- mixed dtypes: blocks compute in the frozen weights' dtype; trained weights are float32, cast when used
 
-Parameters have the names of the checkpoint files: `model.layers.0.self_attn.q_proj.weight`, `lm_head.weight`.
-Shapes: B batch, T tokens, S tokens in the cache, D hidden size, H query heads, K key/value heads, V
-vocabulary.
+Parameters are named as in checkpoint files: `model.layers.0.self_attn.q_proj.weight`, `lm_head.weight`.
+Shapes: B batch, T tokens, S cached tokens, D hidden size, H query heads, K key/value heads, V vocabulary.
 """
 
 import dataclasses
@@ -34,14 +33,14 @@ MaybePair = tuple[Tensor, Tensor] | None
 
 @dataclass
 class LlamaConfig:
-    """The architecture, under the names of `config.json`."""
+    """The architecture of a model. The fields are named as in `config.json`."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None  # None: as many as query heads
+    num_key_value_heads: int | None = None  # None: num_attention_heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
@@ -61,16 +60,16 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "LlamaConfig":
-        """Read `config.json`. Raises UserError if it describes no LLaMA that this file computes."""
+        """Read `config.json`. Raises UserError if it describes a model that this file does not implement."""
         return read_config(Path(directory) / "config.json", cls)
 
 
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
-    """The angle, in radians per position, of each pair of a head's dimensions: (head_dim / 2,) float32.
+    """Return the angle in radians per position of each pair of a head's dimensions: (head_dim / 2,) float32.
 
-    RoFormer (arXiv 2104.09864), section 3.2: theta_i = base^(-2i / head_dim). `linear` divides every angle by
-    the factor; `llama3` only the slow ones, which complete no turn within the original context, with a ramp
-    between.
+    RoFormer (arXiv 2104.09864), section 3.2: theta_i = base^(-2i / head_dim). `linear` scaling divides every
+    angle by the factor. `llama3` scaling divides the slow ones, which make at most low_freq_factor turns in
+    the original context. It keeps those that make at least high_freq_factor turns, and interpolates between.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
@@ -81,53 +80,57 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
         return frequencies / scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a fast pair, kept; 0: a slow one, divided
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: keep the angle; 0: divide it
     return frequencies * (keep + (1 - keep) / scaling["factor"])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of dimensions (i, i + head_dim/2), the Hugging Face halves, by its angle. x: (B, heads,
-    T, head_dim). cos, sin: (T, head_dim / 2) float32, or (B, 1, T, head_dim / 2) where the positions of the
-    rows differ. The product is taken in float32 and rounded once."""
+    """Rotate each pair of dimensions (i, i + head_dim / 2), Hugging Face's pairing, by its angle. It computes
+    in float32 and rounds once. x: (B, heads, T, head_dim). cos, sin: (T, head_dim / 2) float32, or
+    (B, 1, T, head_dim / 2) if the rows of the batch have different positions."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def document_mask(tokens: Tensor, bos_id: int, dtype: torch.dtype) -> Tensor:
-    """What is added to attention's scores (B, 1, T, T) if it stays in its document, which `bos_id` begins in
-    the packed `tokens` (B, T): 0 or -inf. Positions go on counting: rotary ones tell distances only."""
-    document = (tokens == bos_id).cumsum(1)  # (B, T), the number of each token's
+    """Return what to add to attention scores to hide other documents, 0 or -inf: (B, 1, T, T). `bos_id`
+    begins documents in the packed `tokens` (B, T). Positions go on, because rotary ones are relative."""
+    document = (tokens == bos_id).cumsum(1)  # (B, T), the number of each token's document
     is_seen = (document[:, None, :, None] == document[:, None, None, :]).tril()
     return torch.zeros(is_seen.shape, dtype=dtype, device=tokens.device).masked_fill_(~is_seen, -torch.inf)
 
 
 class KVCache:
-    """Keys and values of the tokens that a model has seen, for all layers: not to be made again."""
+    """The keys and values of the tokens read so far, in every layer, so that none is computed twice."""
 
     def __init__(self, model: "Llama", batch_size: int, max_tokens: int):
         shape = (batch_size, model.config.num_key_value_heads, max_tokens, model.config.head_dim)
         options = {"dtype": model.compute_dtype, "device": model.lm_head.weight.device}
         self.keys = [torch.empty(shape, **options) for _ in model.model["layers"]]
         self.values = [torch.empty_like(keys) for keys in self.keys]
-        self.length, self.max_tokens = 0, max_tokens  # tokens seen, S, and how many there may be
+        self.length, self.max_tokens = 0, max_tokens  # S and its upper limit
 
     def extend(self, T: int) -> list[tuple[Tensor, Tensor]]:
-        """Make room for T tokens: each layer's keys and values (B, K, S+T, head_dim), the last T to write."""
+        """Make room for T tokens. Return keys and values (B, K, S+T, head_dim) by layer, the last T unset."""
         end = self.length + T
         if end > self.max_tokens:
-            raise ValueError(f"the cache holds {self.max_tokens} tokens, {end} were given")
+            raise ValueError(f"the cache has room for {self.max_tokens} tokens, but {end} were given")
         self.length = end
         return [(keys[:, :, :end], values[:, :, :end]) for keys, values in zip(self.keys, self.values)]
 
 
 class Embedding(nn.Embedding):
-    """Rows of a matrix (V, D). With `into_grad` their gradients are added to the rows of `weight.grad` alone,
-    where PyTorch would make a second (V, D) and add all of it."""
+    """An embedding matrix (V, D). With `into_grad`, backward adds gradients only to the looked-up rows of
+    `weight.grad`. PyTorch would allocate a second (V, D) matrix for them and add all of it."""
+
+    def __init__(self, V: int, D: int):
+        super().__init__(V, D)
+        self.register_module("token_adapter", None)  # TrainedRows of mala/lora.py, if only some rows train
 
     def forward(self, tokens: Tensor, into_grad: bool = False) -> Tensor:
         lookup = _Lookup.apply if into_grad and self.weight.requires_grad else F.embedding
-        x, rows = lookup(tokens, self.weight), getattr(self, "token_adapter", None)
-        return x if rows is None else rows(x, tokens)  # if only some train: TrainedRows in mala/lora.py
+        x = lookup(tokens, self.weight)
+        return x if self.token_adapter is None else self.token_adapter(x, tokens)
 
 
 class _Lookup(torch.autograd.Function):
@@ -140,7 +143,7 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         if ctx.weight.grad is None:
             ctx.weight.grad = torch.zeros_like(ctx.weight)
-        if gradient.is_cuda:  # Trap: only there index_put_ adds in order, and index_add_ only on a CPU
+        if gradient.is_cuda:  # Trap: index_put_ adds in a fixed order only on CUDA, index_add_ only on a CPU
             ctx.weight.grad.index_put_((ctx.tokens,), gradient, accumulate=True)
         else:
             ctx.weight.grad.index_add_(0, ctx.tokens.flatten(), gradient.flatten(0, -2))
@@ -148,7 +151,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear in the dtype of its input: a weight that trains is float32, and cast here."""
+    """nn.Linear that casts its weight to the input's dtype, because a weight that trains is float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -156,7 +159,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight (arXiv 1910.07467, eq. 4), rounded once: (…, D) -> (…, D)."""
+    """RMS normalisation, x / sqrt(mean(x²) + eps) * weight (arXiv 1910.07467, eq. 4): (…, D) -> (…, D)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -166,11 +169,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight).to(x.dtype)
+        return (y * self.weight).to(x.dtype)  # the only rounding
 
 
 class Attention(nn.Module):
-    """Causal self-attention, H query and K key/value heads (arXiv 2305.13245): (B, T, D) -> (B, T, D)."""
+    """Causal grouped-query self-attention (arXiv 2305.13245): (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -192,16 +195,16 @@ class Attention(nn.Module):
         if cached is not None:
             cached[0][:, :, -T:], cached[1][:, :, -T:] = k, v
             k, v = cached  # (B, K, S+T, head_dim) each
-        # A single new token sees all that the cache holds. (A compiler's T > 1 is no bool, but can be asked.)
+        # A single new token sees the whole cache. (`if`, because T > 1 is not a bool in a compiled block.)
         is_causal = True if mask is None and T > 1 else False
         is_gqa = self.K != self.H
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_gqa)
-        y = y.transpose(1, 2).reshape(B, T, self.H * self.head_dim)  # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, self.H * self.head_dim)  # concatenate the heads
         return self.o_proj(y)
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202), down(silu(gate(x)) * up(x)): (B, T, D) -> (B, T, D)."""
+    """The SwiGLU MLP (arXiv 2002.05202), down(silu(gate(x)) * up(x)): (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -215,7 +218,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), and to that + mlp(norm of it): (B, T, D) -> (B, T, D)."""
+    """A Transformer block, x + attention(norm(x)) and then x + mlp(norm(x)): (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -232,32 +235,34 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder-only transformer. `requires_grad` and dtypes of its parameters are the caller's to set."""
+    """A decoder-only Transformer. The caller sets the dtypes and `requires_grad` of its parameters."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.recomputed_blocks = 0  # of the first so many the backward pass has the inputs, no more
-        self.computes_in: torch.dtype | None = None  # if all weights train, which are float32 then
+        self.recomputed_blocks = 0  # how many blocks, from the first on, use gradient checkpointing
+        self.computes_in: torch.dtype | None = None  # set if every weight trains and is float32
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = Embedding(config.vocab_size, config.hidden_size)
         self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.register_module("token_adapter", None)
+        self.lora_config, self.lora_saved = None, ()  # set by `add_lora`
         self.tie_weights()
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """In which a block computes: that of the frozen weights, if there are any."""
+        """The dtype in which blocks compute: `computes_in`, or else the dtype of the frozen weights."""
         return self.computes_in or self.model["layers"][0].mlp.down_proj.weight.dtype
 
     def tie_weights(self) -> None:
-        """One matrix for the embeddings and the head, if the config says so."""
+        """Make `embed_tokens` and `lm_head` share one matrix if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
 
     def replace_vocabulary(self, embed_tokens: Tensor, lm_head: Tensor) -> None:
-        """Take other matrices, both (V, D), with another number of rows V; of tied ones the first."""
+        """Replace both matrices by others, (V, D) each. In a tied model `embed_tokens` serves as both."""
         for module, weight in ((self.model["embed_tokens"], embed_tokens), (self.lm_head, lm_head)):
             module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
         self.model["embed_tokens"].num_embeddings = self.lm_head.out_features = len(embed_tokens)
@@ -272,9 +277,9 @@ class Llama(nn.Module):
         mask: MaybeTensor = None,
         into_grad: bool = False,
     ) -> Tensor:
-        """tokens (B, T) int64 -> (B, T, D), what `lm_head` reads. By default token t comes after tokens 0 ..
-        t - 1, and after the S in the cache. Another order is told by `positions` (B, T) and `mask` (B, 1, T,
-        S+T), true if a token (row) sees another (column), or what is added to its score."""
+        """Return the vectors (B, T, D) that `lm_head` reads. `tokens` is (B, T) int64, and by default they
+        continue the S cached tokens in order. For another order give `positions` (B, T) and `mask` (B, 1, T,
+        S+T), which is true if a token (row) sees another (column), or is added to the attention score."""
         T, S, device = tokens.shape[1], cache.length if cache is not None else 0, tokens.device
         x = self.model["embed_tokens"](tokens, into_grad).to(self.compute_dtype)  # (B, T, D)
         if mask is None and S and T > 1:
@@ -303,17 +308,17 @@ class Llama(nn.Module):
         share: float | None = None,
         **order: Any,
     ) -> Tensor:
-        """Logits (B, T, V) of the token after each of `tokens` (B, T) int64, in the compute dtype.
+        """Return logits (B, T, V) for the token after each of `tokens` (B, T) int64, in the compute dtype.
 
-        Given `targets` (B, T) int64, it is the mean NLL in nats per target instead. targets[b, t] is the
-        token *after* tokens[b, t], so the caller has shifted them; -100 is left out. With `places` (N,) it is
-        the NLL of each of `targets` (N,), float32, without gradients; target n comes after token t of row b
-        if places[n] is b·T + t. `share` is that of a micro-batch in its step, see `linear_cross_entropy`; for
-        training as train.py does it. order: cache, positions and mask, for `hidden_states`.
+        - targets: (B, T) int64. Return the mean NLL in nats per target instead of logits. targets[b, t] is
+          the token *after* tokens[b, t], so the caller shifts them; -100 is left out.
+        - places: (N,) int64. Return the NLL of each of N targets instead, (N,) float32, without gradients.
+          Then `targets` is (N,), and targets[n] comes after token t of row b if places[n] is b·T + t.
+        - share: the micro-batch's share of its training step, see `linear_cross_entropy`.
+        - order: cache, positions and mask, see `hidden_states`.
         """
         x = self.hidden_states(tokens, into_grad=share is not None, **order)  # (B, T, D)
-        rows = getattr(self.lm_head, "token_adapter", None)
-        if rows is not None:
+        if (rows := self.lm_head.token_adapter) is not None:
             rows.put_into(self.lm_head.weight)
         if targets is None:
             return F.linear(x, self.lm_head.weight.to(x.dtype))
@@ -327,15 +332,15 @@ class Llama(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> "Llama":
-        """Load a checkpoint folder, see `load_weights`; `dtype=None` keeps each tensor's own. On "meta" only
-        names, shapes and dtypes are read. Raises UserError if weights and config do not fit."""
+        """Load a checkpoint folder, see `load_weights`. dtype None keeps each tensor's own. On the device
+        "meta" only names, shapes and dtypes are read. Raises UserError if weights and config do not fit."""
         with torch.device("meta"):
             model = cls(LlamaConfig.from_pretrained(directory))
         load_weights(model, Path(directory), dtype, device)
         return model
 
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        """Write `config.json` and the weights in each parameter's dtype, for us and for transformers."""
+        """Write `config.json` and the weights, each in its own dtype, in the format of transformers."""
         directory = Path(directory)
         write_weights(directory, dict(self.named_parameters()), max_shard_bytes)
         dtype = str(self.compute_dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
-"""What a model makes of text: the NLL of documents, and the log-likelihood of labels after a context.
+"""Score text with a model: the NLL of documents, and the log-likelihood of labels after a context.
 
-Both are sums of the tokens' NLL, each in float32, and neither ever holds the logits of a batch.
+Both are sums of float32 token NLLs. Neither ever holds the logits of a whole batch.
 """
 
 import itertools
@@ -22,27 +22,27 @@ from mala.model import KVCache, Llama
 from mala.running.distributed import World
 from mala.words.tokenizer import Tokenizer
 
-# Tokens of a batch at most. A CPU then keeps in its caches what lies between two products. A GPU is busy with
-# so many for longer than the host needs for the next; more would mostly be filling up to the longest row.
+# Most tokens in a batch. 1,024 keep what is passed between two matrix products in a CPU's caches. With 8,192
+# a GPU computes for longer than the host takes to prepare the next batch; more would mostly be padding.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
-MAX_LENGTH = 2048  # tokens that a model reads before a label, in the published protocol
+MAX_LENGTH = 2048  # most tokens that a model reads, in the published protocol
 ALONE = World()
-Encoded = list[tuple[list[int], list[list[int]]]]  # (context, its continuations) of each example, in tokens
-# What is predicted in a row of tokens: the number of a sum, the place of the token before, the token.
+Encoded = list[tuple[list[int], list[list[int]]]]  # each example's context and continuations, as tokens
+# Tokens to read, and the predictions: (number of the sum it adds to, index of the token before, token).
 Row = tuple[list[int], list[tuple[int, int, int]]]
-Tree = tuple[Row, Row, list[int]]  # the stem; all branches, and to which each of their tokens belongs
+Tree = tuple[Row, Row, list[int]]  # the stem, the branches, and the branch of each of their tokens
 
 
 def batch_tokens(model: Llama) -> int:
-    """BATCH_TOKENS, on a GPU the largest power of two up to them that its free memory takes: a little more or
-    less of it then seldom changes the batches, and with them how results are rounded."""
+    """Return BATCH_TOKENS, or on a GPU the largest power of two that fits its free memory, if that is less.
+    With powers of two, small changes of the free memory seldom change the batches, and thus the rounding."""
     c, weight, size = model.config, model.lm_head.weight, model.compute_dtype.itemsize
     if not weight.is_cuda:
         return BATCH_TOKENS["cpu"]
     free = torch.cuda.mem_get_info(weight.device)[0] - CHUNK_BYTES["cuda"] - weight.numel() * size
     free += torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-    # Some logits and a head that is cast do not count. A token takes: keys and values in all layers, and the
-    # most that is held within a block, some of it in float32.
+    # `free` leaves room for some logits and a cast copy of the head. A token takes its keys and values in all
+    # layers, and the most that a block holds at a time, some of it in float32.
     cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     block = 4 * c.intermediate_size + 12 * max(c.hidden_size, c.num_attention_heads * c.head_dim)
     tokens = min(BATCH_TOKENS["cuda"], 0.8 * free / ((cache + block) * size))
@@ -50,8 +50,8 @@ def batch_tokens(model: Llama) -> int:
 
 
 def batches(widths: list[int], tokens: int, batch_size: int | None = None) -> list[list[int]]:
-    """Deal sequences out to batches by number: `batch_size` each, or as many as `tokens` allow. The longest
-    come first, so that no later batch needs more memory."""
+    """Return batches of sequence numbers: `batch_size` in each, or as many as fit in `tokens` tokens. The
+    longest sequences come first, so no later batch needs more memory. widths: the sequences' lengths."""
     order = sorted(range(len(widths)), key=lambda number: (widths[number], number))
     dealt = []
     while order:
@@ -60,59 +60,59 @@ def batches(widths: list[int], tokens: int, batch_size: int | None = None) -> li
     return dealt
 
 
-def fill_up(rows: list[list[int]], device: torch.device) -> Tensor:
-    """Rows as one tensor (B, T) int64, the shorter ones filled up on the right, where no token looks. From
-    pinned memory a GPU fetches it when it comes to it, and the host does not wait."""
+def pad(rows: list[list[int]], device: torch.device) -> Tensor:
+    """Return the rows as one tensor (B, T) int64, padded on the right, where no token looks. A GPU fetches it
+    from pinned memory asynchronously, so the host does not wait."""
     width, is_pinned = max(map(len, rows)), device.type == "cuda"
     filled = [[*row, *[0] * (width - len(row))] for row in rows]
     return torch.tensor(filled, dtype=torch.int64, pin_memory=is_pinned).to(device, non_blocking=True)
 
 
 def launch(model: Llama, rows: list[Row], **order: Any) -> tuple[list[int], Tensor]:
-    """Start a pass. Of all that it predicts the numbers of the sums, and the NLL (N,) in nats, on the device.
-    order: for `Llama.hidden_states`."""
-    tokens = fill_up([tokens for tokens, _ in rows], model.lm_head.weight.device)  # (B, T)
+    """Start a forward pass. Return of its N predictions the numbers of their sums, and the NLL (N,) in nats,
+    which stays on the device. order: for `Llama.hidden_states`."""
+    tokens = pad([tokens for tokens, _ in rows], model.lm_head.weight.device)  # (B, T)
     T, predicted = tokens.shape[1], [(b, *one) for b, (_, of_row) in enumerate(rows) for one in of_row]
     places, targets = [b * T + place for b, _, place, _ in predicted], [token for *_, token in predicted]
-    places, targets = fill_up([places, targets], tokens.device)  # (N,) each
+    places, targets = pad([places, targets], tokens.device)  # (N,) each
     return [number for _, number, _, _ in predicted], model(tokens, targets, places, **order)
 
 
 @torch.no_grad()
 def add_up(
     model: Llama,
-    start: Callable[[Llama, list], tuple[list[int], Tensor]],
-    parts: list,
-    widths: list[int],
-    sums: int,
-    texts: int,
+    start: Callable[[Llama, list], tuple[list[int], Tensor]],  # starts the passes for a batch, like `launch`
+    parts: list,  # rows or trees
+    widths: list[int],  # tokens of each part
+    sums: int,  # number of sums
+    texts: int,  # number of texts, for `advance`
     world: World,
     batch_size: int | None = None,
-    advance: Callable = lambda done: None,
+    advance: Callable = lambda done: None,  # is told how many more texts are started
 ) -> list[float]:
-    """Deal parts, of so many tokens, out to batches, `start` these as `launch` does, and add up their NLL.
-    Processes with a sharded model take turns with the batches, and all get all sums. `advance` is told how
-    many of the texts are started. No result is read before all are: a GPU never waits for the host."""
+    """Score `parts` in batches and return the sums of their NLL, in nats. Processes with a sharded model take
+    turns with the batches, and each gets all sums. No result is read before all batches are started, so a GPU
+    never waits for the host."""
     was_training, device = model.training, model.lm_head.weight.device
     model.eval()
     dealt, started = batches(widths, world.from_main(lambda: batch_tokens(model)), batch_size), []
     for turn in range(world.rank, len(dealt) + world.rank, world.size):
-        # A sharded model computes only when all processes do: one without a batch left repeats the last.
+        # A sharded model needs all processes to compute: one that has no batch left repeats the last.
         result = start(model, [parts[number] for number in dealt[min(turn, len(dealt) - 1)]])
         if turn < len(dealt):
             started.append(result)
             advance(len(dealt[turn]) / len(parts) * texts)
     totals = torch.zeros(sums, dtype=torch.float64)
-    for numbers, nll in started:  # on the CPU, in order: a GPU's own sums may come in any
+    for numbers, nll in started:  # on the CPU, because a GPU adds in no fixed order
         totals.index_add_(0, torch.tensor(numbers), nll.cpu().double())
     model.train(was_training)
     return world.sum(totals.to(device)).tolist()
 
 
 def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """Cut a document of `length` tokens into windows (start, first, end): the model reads tokens[start : end
-    - 1], at most `context`, and its predictions of tokens[first : end] count: all but `<s>`, each once. A
-    window moves on by half the context, so that it predicts every token from at least so many before it."""
+    """Yield windows (start, first, end) of a document of `length` tokens. For each window the model reads
+    tokens[start : end - 1], at most `context`, and its predictions of tokens[first : end] count: each token
+    except `<s>` once. After the first window, every prediction sees at least half a context of tokens."""
     start, first = 0, 1
     while first < length:
         end = min(start + context + 1, length)
@@ -124,8 +124,8 @@ def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
 def documents_nll(
     model: Llama, tokenizer: Tokenizer, documents: list[str], world: World = ALONE, **how: Any
 ) -> tuple[list[float], list[int]]:
-    """−Σ ln p over all tokens of each document after its first, `<s>`, in nats, and how many these are. One
-    longer than the model's context is read in `windows`. how: batch_size and advance, for `add_up`."""
+    """Return each document's NLL, −Σ ln p of the tokens after its `<s>`, in nats, and the number of these.
+    A document longer than the model's context is read in `windows`. how: batch_size, advance of `add_up`."""
     encoded, rows = tokenizer.encode_batch(documents, bos=True), []
     for number, ids in enumerate(encoded):
         for start, first, end in windows(len(ids), model.config.max_position_embeddings):
@@ -136,12 +136,12 @@ def documents_nll(
 
 
 def tree(context: list[int], continuations: dict[int, list[int]]) -> Tree:
-    """A context c and continuations that branch off it: here a of four tokens, b of three, both begin with s.
+    """Return the stem and the branches of a context and its continuations, for two forward passes.
 
-    The *stem*, the context and what all continuations begin with, is read in a first pass, as any text; a
-    second one reads the branches. A token sees those marked in its line, the stem and its own branch, and
-    stands at the position that it would have without the other branches. So every prediction is what a pass
-    for each continuation would give. The last token of one is not read: nothing is predicted after it.
+    Here continuations a and b of a context c both begin with s. Pass 1 reads the *stem*, the context and the
+    shared beginning, like any text. Pass 2 reads the *branches*. A token sees those marked in its line: the
+    stem and its own branch. Its position ignores the other branches. So each prediction is what a pass for
+    each continuation would give. A continuation's last token is not read: nothing is predicted after it.
 
         pass  token  position   sees  c0 c1  s   a1 a2   b1   and predicts
         1     c0     0                x
@@ -151,26 +151,26 @@ def tree(context: list[int], continuations: dict[int, list[int]]) -> Tree:
         2     a2     4                x  x   x   x  x         a3
         2     b1     3                x  x   x           x    b2
     """
-    shared = os.path.commonprefix([ids[:-1] for ids in continuations.values()])  # it takes lists, too
+    shared = os.path.commonprefix([ids[:-1] for ids in continuations.values()])  # works on lists
     cut, of_stem, of_branches, tokens, owners = len(shared), [], [], [], []
     for number, ids in continuations.items():
         of_stem += [(number, place, id) for place, id in enumerate(ids[: cut + 1], len(context) - 1)]
         of_branches += [(number, place, id) for place, id in enumerate(ids[cut + 1 :], len(tokens))]
         tokens += ids[cut:-1]
         owners += [number] * len(ids[cut:-1])
-    # Without a branch a filler is read: another row of the batch, or another process, may have one.
+    # A tree without branches reads a filler, because other rows, or other processes, may have branches.
     return (context + shared, of_stem), (tokens or [0], of_branches), owners or [0]
 
 
 def trees(encoded: Encoded, max_length: int) -> list[Tree]:
-    """The published cut: a model reads `max_length` tokens before a label's last one at most, the nearest. If
-    a context must be cut, a longer continuation leaves it less, and only those of one length share a tree."""
+    """Build the trees, with contexts cut as published: the model reads at most the `max_length` tokens before
+    a label's last one. Only labels of equal length share a cut context: longer ones leave less of it."""
     grown, numbers = [], itertools.count()
     for context, continuations in encoded:
         longest = max(map(len, continuations))
         if longest > max_length:
-            found = f"a label takes {longest} tokens, and the model reads {max_length}"
-            raise UserError(f"{found}; use one with a longer context")
+            found = f"a label takes {longest} tokens, but the model reads at most {max_length}"
+            raise UserError(f"{found}; use a model with a longer context")
         is_cut = len(context) + longest - 1 > max_length
         groups = defaultdict(dict)
         for ids in continuations:
@@ -182,22 +182,22 @@ def trees(encoded: Encoded, max_length: int) -> list[Tree]:
 def loglikelihoods(
     model: Llama, encoded: Encoded, max_length: int = MAX_LENGTH, world: World = ALONE, **how: Any
 ) -> list[list[float]]:
-    """Σ ln p of the tokens of every continuation after its context, in nats. Only the positions that predict
-    a continuation's token meet `lm_head`. how: batch_size and advance, for `add_up`."""
+    """Return Σ ln p, in nats, of every continuation's tokens after its context. `lm_head` reads only the
+    positions that predict such a token. how: batch_size and advance, for `add_up`."""
     device = model.lm_head.weight.device
     grown = trees(encoded, min(max_length, model.config.max_position_embeddings))
     widths = [len(stem) + len(tokens) for (stem, _), (tokens, _), _ in grown]
-    has_branches = any(predicted for _, (_, predicted), _ in grown)  # the same at all processes
+    has_branches = any(predicted for _, (_, predicted), _ in grown)  # the same in all processes
 
     def start(model: Llama, batch: list[Tree]) -> tuple[list[int], Tensor]:
         stems, branches, owners = zip(*batch)
         if not has_branches:
             return launch(model, stems)
-        lengths, owners = [len(tokens) for tokens, _ in stems], fill_up(owners, device)  # (B, T)
+        lengths, owners = [len(tokens) for tokens, _ in stems], pad(owners, device)  # (B, T)
         B, T, S = *owners.shape, max(lengths)
         cache = KVCache(model, B, S + T)
         numbers, nll = launch(model, stems, cache=cache)
-        lengths = fill_up([lengths], device).view(B, 1, 1)
+        lengths = pad([lengths], device).view(B, 1, 1)
         in_stem = torch.arange(S, device=device) < lengths  # (B, 1, S)
         in_branch = (owners[:, :, None] == owners[:, None, :]).tril()  # (B, T, T)
         positions = lengths[:, 0] + in_branch.sum(2) - 1  # (B, T)
@@ -211,7 +211,7 @@ def loglikelihoods(
 
 
 def encode_published(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
-    """As published: no `<s>`, and the context and each choice encoded apart."""
+    """Encode as published: without `<s>`, and the context and each choice separately."""
     choices = {choice for example in examples for choice in example.choices}
     ids = {choice: tokenizer.encode(f" {choice}") for choice in choices}
     contexts = tokenizer.encode_batch([example.context for example in examples])
@@ -219,13 +219,13 @@ def encode_published(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
 
 
 def encode_natural(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
-    """As in training: after `<s>`, context and choice encoded as one. What all of them share is the context,
-    but for white space at its end, which belongs to the choices."""
+    """Encode as in training: after `<s>`, and context and choice as one text. The tokens that all choices
+    share are the context, except white space at its end, which belongs to the choices."""
     encoded = []
     for example in examples:
         texts = [example.context.rstrip(), *(f"{example.context} {choice}" for choice in example.choices)]
         context, *answered = tokenizer.encode_batch(texts, bos=True)
-        shared = len(os.path.commonprefix([context, *answered]))  # it takes lists, too
+        shared = len(os.path.commonprefix([context, *answered]))  # works on lists
         encoded.append((context[:shared], [ids[shared:] for ids in answered]))
     return encoded
 
@@ -236,10 +236,10 @@ PROTOCOLS = {"published": encode_published, "natural": encode_natural}
 def predict_documents(
     model: Llama, tokenizer: Tokenizer, language: str, texts: list[str], **how: Any
 ) -> list[Prediction]:
-    """One prediction a document. how: for `documents_nll`. Raises UserError if a figure is no number."""
+    """Return a prediction per document. how: for `documents_nll`. Raises UserError if NLLs are not finite."""
     nll, tokens = documents_nll(model, tokenizer, texts, **how)
     if not any(tokens):
-        raise UserError(f"{language}: {tokenizer.name} makes no tokens of its text; leave it out")
+        raise UserError(f"{language}: {tokenizer.name} yields no tokens for its text; leave it out")
     _check_finite(language, nll)
     return [
         {"lang": language, "id": number, "nll": nats, "tokens": count, "bytes": len(text.encode())}
@@ -256,8 +256,8 @@ def predict_labels(
     encode: Callable[[Tokenizer, list[Example]], Encoded],
     **how: Any,
 ) -> list[Prediction]:
-    """One prediction an example. seed: of their shots. encode: of PROTOCOLS, or like them. how: for
-    `loglikelihoods`. Raises UserError if a figure is no number."""
+    """Return a prediction per example. seed: the seed of their shots. encode: one of PROTOCOLS, or a similar
+    function. how: for `loglikelihoods`. Raises UserError if a log-likelihood is not finite."""
     encoded = encode(tokenizer, examples)
     max_length = MAX_LENGTH if encode is encode_published else model.config.max_position_embeddings
     scored = loglikelihoods(model, encoded, max_length, **how)
@@ -265,7 +265,7 @@ def predict_labels(
     predictions = []
     for example, (_, continuations), scores in zip(examples, encoded, scored):
         question = {"lang": language, "id": example.id, "seed": seed, "shots": example.shots}
-        # Choices of the same tokens are equal, however their rows of a matrix product were rounded.
+        # Choices with the same tokens get the same score, although their products may be rounded differently.
         tokens = list(map(tuple, continuations))
         score_of = dict(zip(tokens, scores))
         answer = {"loglikelihoods": dict(zip(example.choices, map(score_of.get, tokens)))}
@@ -276,14 +276,14 @@ def predict_labels(
 def _check_finite(language: str, figures: list[float]) -> None:
     for number, figure in enumerate(figures):
         if not math.isfinite(figure):
-            reason = "damaged weights, or numbers too large for the dtype: try --dtype float32"
-            raise UserError(f"{language}: a log-likelihood of text {number} is {figure}; {reason}")
+            reason = "weights are damaged, or numbers too large for the dtype: try --dtype float32"
+            raise UserError(f"{language}: the log-likelihood of text {number} is {figure}; {reason}")
 
 
 def nll_by_language(
     model: Llama, tokenizer: Tokenizer, documents: dict[str, list[str]], title: str, world: World = ALONE
 ) -> dict[str, Any]:
-    """language -> documents to the figures of every language and their macro-average."""
+    """Return the figures of every language and their macro-average. documents: language -> texts."""
     figures = {}
     for language, texts in tqdm(documents.items(), title, unit="language", leave=False, disable=world.no_bar):
         figures[language] = summarise(predict_documents(model, tokenizer, language, texts, world=world))

@@ -1,4 +1,4 @@
-"""Extend a LLaMA vocabulary to new languages: learn pieces, merge them in, give each a row to start from.
+"""Extend a LLaMA vocabulary to new languages: learn pieces, add them to a base, initialise their rows.
 
     python -m mala.vocab merge  --base BASE --data CORPUS --size 16000 --out merged.model
     python -m mala.vocab train  --data CORPUS --size 250000 --out new.model
@@ -6,7 +6,7 @@
     python -m mala.vocab report --base BASE --new merged.model --data CORPUS
     python -m mala.vocab extend --model BASE --tokenizer merged.model --out DIR
 
-BASE holds a `tokenizer.model`, or a `tokenizer.json`: then --out of `merge` is a folder, too.
+BASE is a folder with a `tokenizer.model` or a `tokenizer.json`. For the latter, `merge` writes a folder.
 """
 
 import io
@@ -20,8 +20,8 @@ from mala.cli import UserError, run
 from mala.storage.corpus import language_shares
 from mala.words.tokenizer import Tokenizer
 
-MAX_WORDS = 10_000_000  # distinct words counted at a time: about 2 GB; learning takes several times that
-MAX_LINE = 4192  # bytes; SentencePiece drops longer lines, unless it is told otherwise
+MAX_WORDS = 10_000_000  # distinct words held in memory: about 2 GB; learning takes several times that
+MAX_LINE = 4192  # bytes; by default SentencePiece drops longer lines
 NFKC = sentencepiece.SentencePieceNormalizer(
     rule_name="nmt_nfkc", add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=False
 )
@@ -30,9 +30,9 @@ WordsOf = Callable[[str], Iterable[str]]  # text -> its words
 
 
 def sample(documents: Texts, alpha: float, seed: int, draws: int | None = None) -> Iterator[tuple[str, int]]:
-    """(document, how often it is drawn), in about `draws` draws, by default as many as there are documents. A
-    language's share is proportional to n^alpha, n its number of documents: if it has fewer they are repeated,
-    if more a random choice is drawn. Each document is read once, so a corpus may exceed the memory."""
+    """Yield (document, times drawn), in about `draws` draws. The default is the number of documents. A
+    language's share is proportional to n^alpha, n being its number of documents. A small language's documents
+    are repeated, a large one's are sampled. Each is read once, so the corpus may be larger than memory."""
     sizes = [len(texts) for texts in documents.values()]
     counts = np.ceil(language_shares(sizes, alpha) * (draws or sum(sizes))).astype(int).tolist()
     rng = np.random.default_rng(seed)
@@ -41,7 +41,7 @@ def sample(documents: Texts, alpha: float, seed: int, draws: int | None = None) 
         for left, text in zip(range(len(texts), 0, -1), texts):
             if not times and not wanted:
                 break
-            # Selection sampling: `wanted` of the `left` documents to come (Knuth, TAOCP 3.4.2, algorithm S).
+            # Selection sampling: choose `wanted` of the `left` remaining documents (Knuth, TAOCP 3.4.2, S).
             chosen = rng.random() * left < wanted
             wanted -= chosen
             if times + chosen:
@@ -49,8 +49,8 @@ def sample(documents: Texts, alpha: float, seed: int, draws: int | None = None) 
 
 
 def count_words(drawn: Iterable[tuple[str, int]], words_of: WordsOf = Tokenizer.words) -> Counter[str]:
-    """word -> how often it occurs in the documents (text, times drawn): all that BPE learns from. words_of: a
-    tokenizer's `words`, or `published_words`. Of too many words the rarer half goes."""
+    """Return word -> how often it occurs in the drawn documents. BPE learns from these counts alone.
+    words_of: a tokenizer's `words`, or `published_words`. Beyond MAX_WORDS, the rarest words are dropped."""
     words: Counter[str] = Counter()
     for text, times in drawn:
         for word in words_of(text):
@@ -62,15 +62,15 @@ def count_words(drawn: Iterable[tuple[str, int]], words_of: WordsOf = Tokenizer.
 
 
 def published_words(text: str) -> Iterator[str]:
-    """As SentencePiece does by default: normalised (nmt_nfkc), of no longer line than MAX_LINE."""
+    """Yield a text's words by SentencePiece's defaults: normalised (nmt_nfkc), no lines over MAX_LINE."""
     lines = (line for line in text.splitlines() if len(line.encode()) <= MAX_LINE)
     return Tokenizer.words("\n".join(map(NFKC.normalize, lines)))
 
 
 def train_pieces(words: Counter[str], size: int, published: bool = False, standalone: bool = False) -> bytes:
-    """A SentencePiece BPE model of `size` pieces, a serialized ModelProto. The settings are LLaMA 2's, which
-    leave text as it is; if `published`, SentencePiece's defaults, as MaLA-500. Pieces for a base cover every
-    character; a `standalone` tokenizer spells rare ones in bytes. Raises UserError if words are too few."""
+    """Train a SentencePiece BPE of `size` pieces; return its serialized ModelProto. LLaMA 2's settings leave
+    text unchanged; `published` takes SentencePiece's defaults, as in MaLA-500. Every character gets a piece;
+    if `standalone`, rare ones are spelled in bytes. Raises UserError if there are too few words."""
     if not words:
         raise UserError(f"cannot learn {size} pieces from this corpus: it holds no words")
     if size < 4:
@@ -83,7 +83,7 @@ def train_pieces(words: Counter[str], size: int, published: bool = False, standa
     lines, model = (f"{word}\t{count}" for word, count in words.items()), io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
-    except (RuntimeError, ValueError) as error:  # which says how many pieces the corpus yields, or needs
+    except (RuntimeError, ValueError) as error:  # its text says how many pieces the corpus yields or needs
         why = " ".join(str(error).rpartition("] ")[2].split())
         raise UserError(f"cannot learn {size} pieces from this corpus; SentencePiece says: {why}") from None
     return model.getvalue()

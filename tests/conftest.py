@@ -1,4 +1,4 @@
-"""What the tests share."""
+"""Settings and helpers that the tests share."""
 
 import contextlib
 import os
@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-if (
-    "PYTEST_XDIST_WORKER_COUNT" in os.environ
-):  # `-n auto`: workers share the cores, and waiting threads must not spin
+# With `-n auto` the workers share the cores, and threads that wait must not spin.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     cores = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores))
 
-# All tests compute on the CPU, where the oracles do, but those of on_gpu.py, in a process of their own.
+# All tests compute on the CPU, like the oracles, except those of on_gpu.py, which have their own process.
 if "MALA_GPU" not in os.environ:
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         os.environ["MALA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
@@ -20,21 +19,19 @@ if "MALA_GPU" not in os.environ:
 
 import torch  # noqa: E402
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # the oracles must not look for anything outside
+os.environ["HF_HUB_OFFLINE"] = "1"  # the oracles must not download anything
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 from mala.model import LlamaConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(
-    not SHARED.exists(), reason="the real data lie beside the project, not in it"
-)
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the real data in ../shared/data is absent")
 
 
 @contextlib.contextmanager
 def one_thread():
-    """As torchrun gives each of its processes: the order of the sums in a matrix product depends on it."""
+    """Compute with one thread, like a process of torchrun. The order of sums in a product depends on it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,13 +1,12 @@
-"""Kill a training run again and again, and see that nothing of it is lost: what is left is bit for bit an
-undisturbed run's.
+"""Kill a training run again and again, and check that its results equal an undisturbed run's bit for bit.
 
     python tests/kill.py [--kills 20] [--steps 200] [--signals KILL,TERM] [--seed 0]
 
-A run is started, killed at a random moment (while it prepares, trains, writes a checkpoint or measures) and
-started again with the same command, until it has been killed so often; then it may finish. Compared are the
-last checkpoint's weights and optimizer state, the adapter, nll.json, and metrics.jsonl without what a clock
-decides. Every run is a process of its own, forked from one that has only imported train.py, so that all of
-its time is spent on what can be lost.
+The script starts a run, kills it at a random moment (while it prepares, trains, writes a checkpoint or
+measures) and starts it again with the same command. After the last kill the run may finish. The script then
+compares the last checkpoint's weights and optimizer state, the adapter, nll.json, and metrics.jsonl without
+timings. Each run is a process forked from one that has already imported train.py, so the kills hit real work
+and not imports.
 """
 
 import argparse
@@ -34,19 +33,19 @@ def arguments(out: Path, steps: int) -> list[str]:
 
 
 def work(argv: list[str], output: Path) -> None:
-    """`python train.py …`, in a forked process; what it prints goes to a file."""
+    """Run `python train.py …` in this forked process, and write its output to a file."""
     import torch
 
     import train
 
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
     sys.argv = argv
-    torch.set_num_threads(1)  # a model so small gains nothing from more, which would wait on busy cores
+    torch.set_num_threads(1)  # more would not help a model this small, and would wait on busy cores
     train.run_main(train.main)
 
 
 def start(out: Path, steps: int) -> BaseProcess:
-    """A run in the folder `out`, and what it prints in a file beside it."""
+    """Start a run in the folder `out`. Its output goes to the file `<out>.log`."""
     sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
@@ -56,7 +55,7 @@ def start(out: Path, steps: int) -> BaseProcess:
 
 
 def outcome(out: Path, steps: int) -> dict[str, object]:
-    """What must not differ: file -> its bytes, and the lines of metrics.jsonl."""
+    """Return what must not differ: file -> bytes, the lines of metrics.jsonl, and the training state."""
     last = out / "checkpoints" / f"step-{steps}"
     files = [last / "adapter_model.safetensors", last / "optimizer.safetensors", out / "adapter/adapter_model.safetensors",
              out / "nll.json"]  # fmt: skip
@@ -68,12 +67,12 @@ def outcome(out: Path, steps: int) -> dict[str, object]:
 
 
 def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) -> None:
-    """Disturb a run with one signal after the other.
+    """Send a run one signal after another, restarting it each time.
 
-    Raise AssertionError where it ends otherwise than an undisturbed one.
+    Raises AssertionError if its results differ from an undisturbed run's.
     """
     calm, disturbed = folder / "calm", folder / "disturbed"
-    start(folder / "first", 1).join()  # the modules are imported, files are in the system's cache
+    start(folder / "first", 1).join()  # warms up: imports modules, fills the file cache
     began = time.perf_counter()
     undisturbed = start(calm, steps)
     undisturbed.join()
@@ -90,7 +89,7 @@ def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) 
         if running.exitcode is not None:
             assert running.exitcode == 0, log.read_text()
             assert outcome(disturbed, steps) == outcome(calm, steps)
-            finished += 1  # before its time had come: the next one is disturbed
+            finished += 1  # it finished before the signal: disturb a new run
             disturbed = folder / f"disturbed-{finished}"
             continue
         os.kill(running.pid, number)
@@ -103,9 +102,7 @@ def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) 
         )
         if number == signal.SIGKILL:
             assert running.exitcode == -signal.SIGKILL
-        elif (
-            running.exitcode == 0
-        ):  # during training; before that there is nothing to save, and the process just ends
+        elif running.exitcode == 0:  # the signal came during training; earlier, the process just ends
             assert "stopped after step" in log.read_text() or "held-out NLL" in log.read_text(), (
                 log.read_text()
             )
@@ -114,14 +111,14 @@ def survive(folder: Path, signals: list[signal.Signals], steps: int, seed: int) 
     last = start(disturbed, steps)
     last.join()
     assert last.exitcode == 0, disturbed.with_suffix(".log").read_text()
-    assert "training" in phases, f"no signal came during training, only during {phases}; take another --seed"
+    assert "training" in phases, f"no signal came during training, only during {phases}; use another --seed"
     found, expected = outcome(disturbed, steps), outcome(calm, steps)
     for key, value in expected.items():
         assert found[key] == value, f"{key} differs from that of the undisturbed run"
 
 
 def phase(out: Path, steps: int) -> str:
-    """What the run was doing when it was stopped."""
+    """Return what the run was doing when it was stopped."""
     if not (out / "nll.json").exists():
         return "preparing"
     if list(out.glob("checkpoints/.step-*.tmp")):
@@ -144,7 +141,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--signals", default="KILL", help="taken in turn")
+    parser.add_argument("--signals", default="KILL", help="signals to send, in turn")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

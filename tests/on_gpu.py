@@ -1,6 +1,7 @@
-"""What runs on a GPU, against the same on the CPU, in float32, or float64.
+"""Compare what a GPU computes with what a CPU computes in float32 or float64.
 
-test_gpu.py starts it. `MALA_GPU=cpu python -m pytest -n 0 tests/on_gpu.py` tries the tests themselves on a CPU.
+test_gpu.py starts this file. To check the tests themselves on a CPU:
+`MALA_GPU=cpu python -m pytest -n 0 tests/on_gpu.py`.
 """
 
 import json
@@ -58,7 +59,7 @@ def test_the_loss_and_its_gradients(n, v, dtype):
 
 
 def choose(model: Llama, what: str) -> None:
-    """What trains: "lora" with embeddings and head, "rows" of these, or "all" weights."""
+    """Make "lora" with the embeddings and head train, or "rows" of these only, or "all" weights."""
     if what == "all":
         return train_all(model)
     rows = list(range(model.config.vocab_size * 7 // 10, model.config.vocab_size))
@@ -67,7 +68,7 @@ def choose(model: Llama, what: str) -> None:
 
 
 def step_of(dtype: torch.dtype, device: str, is_compiled: bool, recomputed: int, what="lora", **sizes):
-    """The loss of two micro-batches of a training step, and all gradients."""
+    """Return the loss and all gradients of a training step of two micro-batches."""
     model = Llama(
         tiny_config(vocab_size=1001, hidden_size=64, intermediate_size=176, num_hidden_layers=3, **sizes)
     )
@@ -108,7 +109,7 @@ def test_a_step_has_the_loss_and_gradients_of_a_cpus(what, kv_heads, recomputed,
             assert (a - b).norm() <= error * b.norm()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="tests/test_memory_plan.py counts on a CPU")
+@pytest.mark.skipif(DEVICE == "cpu", reason="tests/test_memory_plan.py measures on a CPU")
 @pytest.mark.parametrize(
     "recomputed, what", [(0, "lora"), (2, "lora"), (4, "lora"), (0, "rows"), (0, "all"), (4, "all")]
 )
@@ -208,7 +209,7 @@ def test_runs_of_all_settings_and_a_resumed_one_have_the_losses_of_a_cpu(tmp_pat
     done = call("train.py", *short, *runs["compiled"], "--resume", step_3, "--out", tmp_path / "resumed")
     assert done.returncode == 0, done.stderr
     expected = losses(tmp_path / "cpu")
-    for name in ("all", "new"):  # these learn something else
+    for name in ("all", "new"):  # these train other weights, so each needs its own CPU run
         done = call("train.py", *short, *runs[name], "--device", "cpu", "--out", tmp_path / f"{name}-cpu")
         assert (losses(tmp_path / name) - losses(tmp_path / f"{name}-cpu")).abs().max() < 2e-3, name
     for name in [*runs.keys() - {"all", "new"}, "resumed"]:

@@ -1,8 +1,7 @@
-"""MaLA-500's published evaluation, slow and plain: one full pass of a `transformers` model for every label of
-every example.
+"""MaLA-500's published evaluation, plain and slow: a full `transformers` forward pass per label and example.
 
-The oracle of tests/test_evaluate.py and the peer of benchmarks/evaluate.py. It shares no code with mala/ and
-evaluate.py.
+It is the oracle of tests/test_evaluate.py and the baseline of benchmarks/evaluate.py. It shares no code with mala/
+or evaluate.py.
 """
 
 import numpy as np
@@ -17,7 +16,7 @@ NOUN = {"sib200": "news", "taxi1500": "verse"}
 
 
 def read(root, bench, language, split):
-    """Rows as dicts."""
+    """Read the rows of a split as dicts."""
     columns = ("id", "label", "text")
     if bench == "sib200":
         file = root / language / f"{split}.tsv"
@@ -28,7 +27,7 @@ def read(root, bench, language, split):
 
 
 def few_shot(rng, train, doc, k):
-    """The published sampler: an endless stream of draws, left as soon as one index more than k was asked for."""
+    """Draw shots as the published sampler does: it stops only when it is given the index after the k-th."""
 
     def stream():
         while True:
@@ -47,7 +46,7 @@ def few_shot(rng, train, doc, k):
 
 
 def documents(root, bench, language, shots=3, seed=1234, limit=None):
-    """[(row, shots, context)] in the published order."""
+    """Return [(row, shots, context)] in the published order."""
     train, test = read(root, bench, language, "train"), read(root, bench, language, "test")
 
     def ask(doc):
@@ -66,9 +65,9 @@ def documents(root, bench, language, shots=3, seed=1234, limit=None):
 
 @torch.no_grad()
 def loglikelihoods(model, encode, requests, batch_size=1, max_length=2048):
-    """requests: (context, continuation), texts.
+    """Score requests, pairs of texts (context, continuation).
 
-    Longest first, padded on the right, `batch_size` full passes at a time.
+    They run longest first, padded on the right, `batch_size` per forward pass.
     """
     encoded = [(encode(context), encode(continuation)) for context, continuation in requests]
     results = [None] * len(requests)
@@ -92,7 +91,7 @@ def loglikelihoods(model, encode, requests, batch_size=1, max_length=2048):
 def evaluate(
     model, encode, root, bench, language, shots=3, seed=1234, limit=None, batch_size=1, max_length=2048
 ):
-    """One dict an example: id, shots, label, prediction, prediction_norm, loglikelihoods."""
+    """Return a dict per example: lang, id, shots, label, prediction, prediction_norm, loglikelihoods."""
     labels, examples = LABELS[bench], documents(root, bench, language, shots, seed, limit)
     requests = [(context, " " + label) for _, _, context in examples for label in labels]
     scores = np.array(loglikelihoods(model, encode, requests, batch_size, max_length)).reshape(

@@ -1,4 +1,4 @@
-"""What test_distributed.py starts with torchrun: a sharded model beside the whole one.
+"""Compare a sharded model with a whole one. test_distributed.py starts this script with torchrun.
 
 Prints "equal" at the end.
 """
@@ -26,7 +26,7 @@ TOKENIZER = Tokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "
 
 
 def make(tied: bool, recompute: bool, dtype: torch.dtype) -> Llama:
-    # 2,049 rows, and 3 of rank: nothing divides evenly among the processes.
+    # 2,049 rows and LoRA rank 3: nothing divides evenly among the processes.
     model = Llama(LlamaConfig(vocab_size=2049, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                               num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=64))  # fmt: skip
     init_weights(model, 0)
@@ -40,7 +40,7 @@ def make(tied: bool, recompute: bool, dtype: torch.dtype) -> Llama:
 def step(
     model: Llama, rank: int, size: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of 8 rows in micro-batches of 2, of which each process has its share."""
+    """Return the loss and gradients of this process's share of 8 rows, in micro-batches of 2."""
     tokens = torch.randint(2049, (8, 17), generator=torch.Generator().manual_seed(1)).chunk(size)[rank]
     total = torch.zeros(())
     for row in range(0, len(tokens), 2):
@@ -77,14 +77,14 @@ def check(world: distributed.World) -> None:
         for name, gradient in gradients.items():
             torch.testing.assert_close(whole[name], gradient, **tolerance)
 
-        # Scoring shares the documents out, also an odd number of batches, and trains on afterwards.
+        # Scoring divides the documents, also if the number of batches is odd. The model can train afterwards.
         expected, counts = documents_nll(alone, TOKENIZER, documents)
         nll, sharded_counts = documents_nll(sharded, TOKENIZER, documents, world)
         torch.testing.assert_close(torch.tensor(nll), torch.tensor(expected), rtol=1e-3, atol=1e-3)
         assert counts == sharded_counts
         step(sharded, world.rank, world.size, dtype)
 
-        # Gathered and filled in again, every bit is the same.
+        # Gathering the parameters and filling them in again changes no bit.
         gathered = {name: torch.cat([*distributed.parts(one)]) for name, one in parts.items()}
         for name, parameter in parts.items():
             before = parameter.to_local().clone()
@@ -98,7 +98,7 @@ def check(world: distributed.World) -> None:
 
 
 def check_few_shot(world: distributed.World, sharded: Llama, alone: Llama) -> None:
-    """Few-shot scoring takes turns, too, where some batches need one pass and others two, and one is left over."""
+    """Check few-shot scoring if some batches need two passes and the batches do not divide evenly."""
     for labels in ([[5], [6]], [[5], [6, 7, 8]], [[5, 6], [5, 7], [9]]):
         encoded = [([number] * (3 + 7 * number), labels) for number in range(1, 6)]
         expected = loglikelihoods(alone, encoded, max_length=40, batch_size=2)
@@ -111,7 +111,7 @@ def whole(model: Llama) -> dict[str, torch.Tensor]:
 
 
 def check_loading(world: distributed.World, folder: Path) -> None:
-    """What is filled part by part has the bits of what one process loads; A those that it draws."""
+    """Check that sharded loading gives the same bits as one process, also for LoRA's random A."""
     for tied, rows, dtype in itertools.product((False, True), (2049, 2053), (torch.float32, torch.bfloat16)):
         base, adapter = folder / f"base {tied} {rows} {dtype}", folder / f"adapter {tied} {rows} {dtype}"
         if world.is_main:
@@ -130,7 +130,7 @@ def check_loading(world: distributed.World, folder: Path) -> None:
         assert found.keys() == expected.keys() and isinstance(sharded, FSDPModule)
         for name, tensor in expected.items():
             assert tensor.dtype == found[name].dtype and torch.equal(found[name], tensor), name
-        # What is written as it is gathered has the bytes of what one process writes.
+        # A sharded model is written with the same bytes as a whole one.
         save_adapter(sharded, folder / "gathered" if world.is_main else None)
         for file in ("adapter_model.safetensors", "adapter_config.json") if world.is_main else ():
             assert (folder / "gathered" / file).read_bytes() == (adapter / file).read_bytes()

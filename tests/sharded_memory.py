@@ -1,8 +1,8 @@
-"""What test_distributed.py starts with torchrun: an evaluation and a training run whose processes share a model,
-and how much memory each of them takes at what.
+"""Measure the memory of an evaluation and a training run whose processes share a model.
 
-Prints, for each process, a line of JSON: stage -> bytes, the most anonymous memory that the process has beyond what
-it had after the same with a tiny model. Files that are mapped are no anonymous memory, and do not count.
+test_distributed.py starts this script with torchrun. Each process prints a line of JSON: stage -> bytes, the peak of
+its anonymous memory in that stage, minus its memory after a run with a tiny model. Memory-mapped files are not
+anonymous memory and do not count.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from mala.storage.weights import write_tensors  # noqa: E402
 
 
 class Stages:
-    """What a program does, and what it takes then."""
+    """A thread that records the peak memory of each stage of a program."""
 
     def __init__(self):
         self.open, self.most, self.is_over = ["between"], {}, False
         threading.Thread(target=self.watch, daemon=True).start()
 
     def of(self, name, function):
-        """`function`, of which it is known that it does `name`."""
+        """Wrap `function` so that it counts as the stage `name` while it runs."""
 
         @functools.wraps(function)
         def named(*given, **by_name):
@@ -60,7 +60,7 @@ def anonymous():
 
 
 def gather_many(world, out, stages):
-    """Write 16 tensors of 16 MiB, of which each process has its part: what that takes beyond the parts."""
+    """Write 16 sharded tensors of 16 MiB each, and record the memory that this takes beyond the shards."""
     part = [torch.ones(4096 // world.size, 1024) for _ in range(16)]
     tensors = {
         f"x{number}": DTensor.from_local(one, world.mesh, [Shard(0)]) for number, one in enumerate(part)
@@ -71,7 +71,7 @@ def gather_many(world, out, stages):
 
 
 def evaluate_and_train(base, adapter, data, out, world, stages):
-    # So little text that what is computed takes nothing beside the model.
+    # The text is so short that activations take almost no memory compared with the model.
     asked = evaluate.Settings(model=base, adapter=adapter, data=data, limit=2, shard="on", out=f"{out}/nll")
     evaluate.evaluate(asked, Path(data), torch.float32, world)
     gc.collect()

@@ -1,4 +1,4 @@
-"""tools.adamw8bit against PyTorch's own AdamW."""
+"""Test tools.adamw8bit against PyTorch's own AdamW."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ def test_what_is_decoded_is_near_and_is_encoded_to_the_same_codes(shape, moment)
     assert codes.dtype == dtype and codes.shape == x.shape and found.dtype == torch.float32
     if not x.numel():
         return
-    # Between two neighbours on the scale of |x / s|^(1/p) there lie half a step at most.
+    # On the scale of |x / s|^(1/p) the codes are evenly spaced, so rounding moves x by at most half a step.
     largest = blocks(x).abs().amax(2, keepdim=True)
     there, back = ((blocks(y).abs() / largest) ** (1 / p) * n for y in (x, found))
     assert (there - back).abs().max() <= 0.5 + 1e-3 and (found * x >= 0).all()
-    assert torch.equal(blocks(found).abs().amax(2), scales)  # a block's largest is exact
+    assert torch.equal(blocks(found).abs().amax(2), scales)  # the largest element of a block is exact
     again = encode(found, moment)
     assert torch.equal(again[0], codes) and torch.equal(again[1], scales)
 
@@ -34,7 +34,7 @@ def test_zeros_stay_zeros():
 
 
 def steps(optimizer_of, number: int) -> tuple[float, torch.optim.Optimizer]:
-    """A matrix after steps towards a least squares solution, some of its rows rarely."""
+    """Train a matrix towards a least squares solution, some rows rarely. Return loss and optimizer."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(60, 256, generator=generator))
     goal = torch.randn(60, 256, generator=generator)
@@ -55,5 +55,5 @@ def test_it_learns_as_fast_as_with_float32_moments(monkeypatch):
         ours, optimizer = steps(lambda weights: AdamW8bit(weights, **settings), number)
         assert ours == pytest.approx(theirs, rel=1e-6 if number == 1 else 0.1)
     weight = optimizer.param_groups[0]["params"][0]
-    held = sum(part.nbytes for part in optimizer.state[weight].values()) - 4  # the step's
+    held = sum(part.nbytes for part in optimizer.state[weight].values()) - 4  # without the 4 bytes of `step`
     assert held == weight.numel() * 2 * (1 + 4 / 128)

@@ -1,5 +1,5 @@
-"""The experiment of docs/results.md: its arms are understood, it goes on after an interruption, its tables say
-what was measured."""
+"""Tests of the experiment in docs/results.md: its table of arms is valid, it continues after an interruption,
+and its tables show what was measured."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ settings = { replay = true, replay_share = 0.2 }
 def test_every_arm_is_a_run_of_train(scale):
     chosen, arms = read_arms(ARMS, scale)
     for arm in arms:
-        if arm.steps_of:  # has run with the same seed
+        if arm.steps_of:  # that arm has run with the same seed
             reference = next(one for one in arms if one.name == arm.steps_of)
             assert {*arm.seeds.get(scale, [0])} <= {*reference.seeds.get(scale, [0])}
         settings = {"replay": "replay"} | (arm.settings or {})
@@ -62,8 +62,8 @@ def test_every_arm_is_a_run_of_train(scale):
 @pytest.mark.parametrize(
     "old, new, error",
     [
-        ("few_shot", "few_shots", "is no table of scales and arms .*few_shots"),
-        ("[scale.tiny]", "[scale", "is no table of scales and arms"),
+        ("few_shot", "few_shots", "is not a table of scales and arms .*few_shots"),
+        ("[scale.tiny]", "[scale", "is not a table of scales and arms"),
         ("[arm.extended]", '[arm.extended]\nsteps_of = "x"', "arm extended: no arm 'x' runs before it"),
         ("[arm.base]", "[arm.first]", "the first arm must be base"),
     ],
@@ -77,7 +77,7 @@ def test_a_wrong_table_of_arms_is_named(tmp_path, old, new, error):
 
 
 def write_data(folder):
-    """The demo's sentences, laid out as the experiment's data are."""
+    """Write the demo's sentences in the layout of the experiment's data."""
     for language in ("swh_Latn", "amh_Ethi", "eng_Latn"):
         rows = (
             (ROOT / f"assets/demo/sib200/{language}/train.tsv").read_text(encoding="utf-8").splitlines()[1:]
@@ -116,14 +116,14 @@ def test_an_interrupted_experiment_goes_on(tmp_path, monkeypatch):
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 130 and "Traceback" not in first.stderr.read()
-    [kept] = (run / "train/checkpoints").iterdir()  # train.py was told, too
+    [kept] = (run / "train/checkpoints").iterdir()  # train.py was stopped, too
     base = (tmp_path / "out/runs/base/arm.json").read_bytes()
 
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handler
     monkeypatch.setattr(sys, "argv", command[1:])
     adaptation.main()
-    assert f"going on after step {kept.name.split('-')[1]} of 200" in (run / "train.log").read_text()
-    assert (tmp_path / "out/runs/base/arm.json").read_bytes() == base  # not measured again
+    assert f"continuing after step {kept.name.split('-')[1]} of 200" in (run / "train.log").read_text()
+    assert (tmp_path / "out/runs/base/arm.json").read_bytes() == base  # the base is not measured again
 
     figures = json.loads((tmp_path / "out/adaptation.json").read_text())["arms"]
     before, after = (figures[key]["bible"] for key in ("base", "extended-0"))
@@ -144,20 +144,25 @@ def test_an_interrupted_experiment_goes_on(tmp_path, monkeypatch):
     assert f"| 20 | 3,200 | {mean:.3f} | −" in page
 
     (tmp_path / "arms.toml").write_text(TINY.replace("questions = 2", "questions = 3"))
-    adaptation.main()  # what is asked has changed: measured anew, not trained
+    adaptation.main()  # what is asked has changed: the arms are measured again, but not trained
     assert json.loads((run / "arm.json").read_text())["asked"]["questions"] == 3
     monkeypatch.setattr(sys, "argv", [*command[1:], "--model", "assets/tiny-llama"])
     with pytest.raises(
         UserError, match="2 arms failed, the first: .*base/arm.json: was made by another command"
     ):
         adaptation.main()
-    shutil.rmtree(tmp_path / "data/taxi1500")
-    with pytest.raises(UserError, match="data/taxi1500: there is no such folder; --data takes one with it"):
+    monkeypatch.setattr(sys, "argv", [*command[1:], "--out", str(tmp_path / "new"), "--scale", "night"])
+    with pytest.raises(UserError, match="arms.toml: has no scale 'night', expected one of tiny"):
         adaptation.main()
+    monkeypatch.setattr(sys, "argv", [*command[1:], "--out", str(tmp_path / "new")])
+    shutil.rmtree(tmp_path / "data/taxi1500")
+    with pytest.raises(UserError, match="data/taxi1500: there is no such folder; --data needs one with it"):
+        adaptation.main()
+    assert not (tmp_path / "new").exists()
 
 
 def made_up(arm, bits, seed=None, **more):
-    """A run with such bits per byte in Swahili, twice that in Amharic."""
+    """Return a run with `bits` per byte in Swahili and twice as many in Amharic."""
     figures = {"bits_per_byte": bits, "bytes": 400, "tokens": 100, "tokens_per_word": 2.0}
     twice = {**figures, "bits_per_byte": 2 * bits}
     bible, declaration = {"swh_Latn": figures, "amh_Ethi": twice}, {"swh_Latn": figures, "eng_Latn": figures}
@@ -180,7 +185,7 @@ def test_the_tables_say_what_was_measured(tmp_path):
         "x-1": made_up("x", 2.0, seed=1, **trained, **speed, **asked, **of_arm),
     }
     tables = report({"arms": arms}, tmp_path / "curves.png")
-    # Bible: the means of 1 and 2, and of 2 and 4, are 1.5 and 3; over the seeds 2.25 ± √1.125 against 3.
+    # Bible: the seeds have (1 + 2) / 2 and (2 + 4) / 2. Their mean is 2.25 ± √1.125; the base has 3.
     row = (
         "| **x**: so | 5 | 1,000 | 2.250 ± 1.061 | −25.0% | 1.500 ± 0.707 | −25.0% | 1.500 ± 0.707 | −25.0% |"
     )

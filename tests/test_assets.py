@@ -1,6 +1,6 @@
-"""What the demo bundles: layouts, sizes, parallel rows, held-out sentences that are held out.
+"""Test the bundled assets and the recipes.
 
-And the recipes.
+Assets: layouts, sizes, parallel rows, and no held-out sentence in the training data.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""mala.words.byte_level: a tokenizer.json extended, against `tokenizers`, transformers, PEFT and a naive learner."""
+"""Test mala.words.byte_level: extend a tokenizer.json. Oracles: tokenizers, transformers, PEFT, a naive learner."""
 
 import json
 import pickle
@@ -47,9 +47,9 @@ def in_bytes(text):
 
 
 def save_base(folder, kind, size=600):
-    """A tiny byte-level BPE learnt from English, as LLaMA 3 and SmolLM2 have it: the one cuts by its own pattern,
-    takes words that are tokens at once, lists all merges of a token, and has its special tokens beside the
-    vocabulary; the other cuts digits off, and has them in it, first."""
+    """Save a tiny byte-level BPE learnt from English, of LLaMA 3's or SmolLM2's kind. LLaMA 3's cuts by its own
+    pattern, takes words that are pieces whole, lists all merges of a piece, and has special tokens outside the
+    vocabulary. SmolLM2's separates digits, and its vocabulary begins with the special tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     special = ["<|endoftext|>", "<|im_start|>"]
     if kind == "llama3":
@@ -77,7 +77,7 @@ def save_base(folder, kind, size=600):
 
 
 def save_model(folder, kind, begins=True):
-    """A tiny checkpoint with such a tokenizer, as the hub holds it."""
+    """Save a tiny checkpoint with such a tokenizer, as on the hub."""
     save_base(folder, kind)
     tokenizer = load_tokenizer(folder)
     begin = tokenizer.fast.token_to_id("<|begin|>" if kind == "llama3" else "<|endoftext|>")
@@ -88,7 +88,7 @@ def save_model(folder, kind, begins=True):
     llama = Llama(config)
     init_weights(llama, 0)
     llama.save_pretrained(folder)
-    if kind == "smollm2":  # as the hub has it, and what transformers 5 then does with its digits
+    if kind == "smollm2":  # as on the hub; it changes how transformers 5 treats digits
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     return folder
 
@@ -97,7 +97,7 @@ KINDS = pytest.mark.parametrize("kind", ["llama3", "smollm2"])
 
 
 def encode_word(word, content):
-    """BPE as it is defined: the neighbours that stand first in the list are merged, leftmost first."""
+    """Encode by BPE's definition: repeatedly merge the pair that comes first in the list, leftmost first."""
     ranks = {tuple(pair): rank for rank, pair in reversed(list(enumerate(content["merges"])))}
     if content["ignore_merges"] and word in content["vocab"]:
         return [word]
@@ -111,8 +111,8 @@ def encode_word(word, content):
 
 
 def learn_naively(words, content, size):
-    """`learn` as it is defined, which shares no line with it: before each merge all words are encoded from their
-    bytes, and all pairs are counted anew."""
+    """Learn by the definition of `learn`, without sharing a line with it: before each merge, encode all words from
+    their bytes and count all pairs anew."""
     content = {**content, "vocab": dict(content["vocab"]), "merges": list(content["merges"])}
     learnt = []
     while len(learnt) < size:
@@ -132,7 +132,7 @@ def learn_naively(words, content, size):
 
 
 def small_base(pairs, ignore_merges):
-    """A BPE of bytes with these merges, one special token after it, and digits apart."""
+    """Make a BPE of bytes with these merges, separate digits, and a special token after the vocabulary."""
     pieces = [*ALPHABET, *dict.fromkeys(left + right for left, right in pairs)]
     ids = {piece: id for id, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = tokenizers.Tokenizer(models.BPE(ids, list(pairs), ignore_merges=ignore_merges))
@@ -144,7 +144,7 @@ def small_base(pairs, ignore_merges):
 
 @st.composite
 def base_merges(draw):
-    """Merges each of whose halves is there before it, some making one token of other halves."""
+    """Draw merges whose halves are already known. Some make the same piece from other halves."""
     known, pairs = [*in_bytes(" abcdጤ")], []
     for _ in range(draw(st.integers(0, 8))):
         pair = draw(st.sampled_from(known)), draw(st.sampled_from(known))
@@ -190,13 +190,13 @@ def test_every_new_token_occurs_and_old_text_stays(kind, tmp_path):
     extended = JsonTokenizer(continue_merges(base, words, 1500))
     after = json.loads(extended.model)
     old, new = content["model"], after["model"]
-    assert content | {"model": None} == after | {"model": None}  # nothing else is changed
+    assert content | {"model": None} == after | {"model": None}  # nothing else changes
     assert old | {"vocab": None, "merges": None} == new | {"vocab": None, "merges": None}
     assert new["merges"][: len(old["merges"])] == [list(pair) for pair in old["merges"]]
     assert len(new["merges"]) == len(old["merges"]) + 1500 and old["vocab"].items() <= new["vocab"].items()
-    for token in content["added_tokens"]:  # wherever they lie
+    for token in content["added_tokens"]:  # inside or outside the vocabulary
         assert extended.fast.token_to_id(token["content"]) == token["id"]
-        assert token["content"] not in extended.fast.encode(token["content"]).tokens  # it is text, too
+        assert token["content"] not in extended.fast.encode(token["content"]).tokens  # in a text it is text
     assert unreachable(extended) == unreachable(base) == []
     ids, before = extended.encode_batch(TEXTS), base.encode_batch(TEXTS)
     assert [extended.decode(row) for row in ids] == TEXTS
@@ -209,7 +209,7 @@ def test_every_new_token_occurs_and_old_text_stays(kind, tmp_path):
 
 
 def test_what_the_checks_find(tmp_path):
-    """The report and the tests above would see a dead token, whole or not, and one whose id moved."""
+    """The report and the tests above detect an unreachable piece, a whole or partial one, and a changed id."""
     content = save_base(tmp_path / "smollm2", "smollm2")
     whole, part = "qxz" + in_bytes(" "), in_bytes("ጤ") + in_bytes("ጤ")[:1]
     content["model"]["vocab"] |= {whole: 600, part: 601}
@@ -222,7 +222,7 @@ def test_what_the_checks_find(tmp_path):
 
 
 def test_older_files_and_tokens_that_are_cut_out(tmp_path):
-    """Merges as "a b"; and an added token that is not special: nothing is merged across it."""
+    """Older files write merges as "a b". Nothing is merged across an added token that is not special."""
     content = save_base(tmp_path, "smollm2")
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
     content["added_tokens"].append({"id": 600, "content": "moja", "special": False, "single_word": False,
@@ -232,13 +232,13 @@ def test_older_files_and_tokens_that_are_cut_out(tmp_path):
     extended = JsonTokenizer(continue_merges(base, count_words([("moja mbili, pamoja", 9)], base.words), 4))
     assert json.loads(extended.model)["model"]["merges"][-1].count(" ") == 1
     assert not any("moja" in piece for piece in extended.pieces[601:]) and unreachable(extended) == []
-    assert base.segment(["Ġmbili", "ጤና"])[1] == base.encode("ጤና")  # added by other tools: text, no bytes
+    assert base.segment(["Ġmbili", "ጤና"])[1] == base.encode("ጤና")  # as other tools add it: text, not bytes
     assert to_text("Ġmbili") == " mbili" and to_text("ጤና") == "ጤና" and to_text(in_bytes("ጤ")[:2]) is None
 
 
 @needs_shared
 def test_llama_3_extended_gives_transformers_ids(tmp_path, capsys):
-    """The whole is in benchmarks/readers.py: this takes some lines of all 282 languages of the Declaration."""
+    """Take some lines of all 282 languages of the Declaration. benchmarks/readers.py takes all lines."""
     argv = [
         "vocab",
         "merge",
@@ -294,11 +294,11 @@ WORDPIECE = {"version": "1.0", "added_tokens": [], "model": {
         (lambda folder: bad(folder, normalizer={"type": "NFC"}), r"has a normalizer \(NFC\)"),
         (lambda folder: bad(folder, model={"dropout": 0.1}), "has dropout 0.1"),
         (lambda folder: bad(folder, model={"end_of_word_suffix": "</w>"}), "has end_of_word_suffix '</w>'"),
-        (lambda folder: bad(folder)[:-200], "truncated or no tokenizer.json"),
+        (lambda folder: bad(folder)[:-200], "truncated or not a tokenizer.json"),
     ],
 )  # fmt: skip
 def test_a_base_that_cannot_be_extended(make, expected, tmp_path, monkeypatch):
-    """Further merges and training refuse it in one sentence, and leave nothing behind."""
+    """Further merges and training raise a one-sentence error and leave no files."""
     save_model(tmp_path / "base", "llama3")
     (tmp_path / "base/tokenizer.json").write_text(make(tmp_path / "base"))
     merge_argv = [
@@ -319,7 +319,7 @@ def test_a_base_that_cannot_be_extended(make, expected, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("own", [None, {}, {"bos_token": None, "tokenizer_class": "GPT2Tokenizer"}])
 def test_an_adapter_without_new_tokens_knows_what_begins_a_text(own, tmp_path):
-    """Also if only the base's config.json says so, which is not in the adapter; transformers, too."""
+    """This holds for transformers too, even if only the base's config.json says so, which the adapter lacks."""
     folder = save_model(tmp_path / "base", "smollm2")
     (folder / "tokenizer_config.json").unlink(missing_ok=True)
     if own is not None:
@@ -336,21 +336,21 @@ def test_an_adapter_without_new_tokens_knows_what_begins_a_text(own, tmp_path):
     documents = {"swh_Latn": (ROOT / "assets/demo/sib200/swh_Latn/test.tsv").read_text().splitlines()[1:]}
     model, tokenizer = load_model(folder, adapter, torch.float32, World())
     found = nll_by_language(model, tokenizer, documents, "")["languages"]["swh_Latn"]
-    assert found["tokens"] == sum(len(base.encode(text)) for text in documents["swh_Latn"])  # the first, too
+    assert found["tokens"] == sum(len(base.encode(text)) for text in documents["swh_Latn"])  # the first too
 
 
 def test_other_mistakes(tmp_path, monkeypatch):
     folder = save_model(tmp_path / "base", "llama3")
     base = load_tokenizer(folder)
     with pytest.raises(
-        UserError, match="a union would add tokens that no text encodes to; .*--method continue"
+        UserError, match="a union would add pieces that no text produces; .*--method continue"
     ):
         merge(base, Tokenizer.from_pretrained(TINY))
-    with pytest.raises(UserError, match=r"it yields \d+; ask for as many"):
+    with pytest.raises(UserError, match=r"it yields \d+; ask for no more"):
         continue_merges(base, count_words([("moja mbili", 3)], base.words), 10_000)
     with pytest.raises(UserError, match="602 pieces, but the model has 601 rows"):
         base.check_fits(601)
-    (folder / "added_tokens.json").write_text('{"<|more|>": 602}')  # where the first new token goes
+    (folder / "added_tokens.json").write_text('{"<|more|>": 602}')  # the id of the first new piece
     monkeypatch.setattr(sys, "argv", ["vocab", "merge", "--base", str(folder), "--size", "9", "--data",
                                       str(ROOT / "assets/demo/sib200"), "--out", str(tmp_path / "out")])  # fmt: skip
     with pytest.raises(
@@ -361,7 +361,7 @@ def test_other_mistakes(tmp_path, monkeypatch):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     with pytest.raises(
-        UserError, match=r"tiktoken file, .*take the hub's tokenizer\.json, or convert this as docs"
+        UserError, match=r"tiktoken file .*download the hub's tokenizer\.json, or convert this file as docs"
     ):
         load_tokenizer(folder)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -378,7 +378,7 @@ def run_train(out, model, *argv):
 
 @pytest.mark.parametrize("kind, begins", [("llama3", True), ("smollm2", True), ("smollm2", False)])
 def test_train_resume_and_what_transformers_and_peft_make_of_it(kind, begins, tmp_path, capsys):
-    """From a checkpoint with a tokenizer.json to nll.json; a run in two parts leaves the same bytes."""
+    """Train from a checkpoint with a tokenizer.json to nll.json. A resumed run leaves the same bytes."""
     model = save_model(tmp_path / "model", kind, begins)
     argv = [
         "--steps",
@@ -394,11 +394,11 @@ def test_train_resume_and_what_transformers_and_peft_make_of_it(kind, begins, tm
     ]
     for out in ("whole", "parts"):
         run_train(tmp_path / out, model, *argv)
-    shutil.rmtree(tmp_path / "parts/checkpoints/step-6")  # as if it had been killed in the fifth step
+    shutil.rmtree(tmp_path / "parts/checkpoints/step-6")  # as after a kill in the fifth step
     shutil.rmtree(tmp_path / "parts/adapter")
     (tmp_path / "parts/nll.json").unlink()
     run_train(tmp_path / "parts", model, *argv)
-    assert "going on after step 4 of 6" in capsys.readouterr().out
+    assert "continuing after step 4 of 6" in capsys.readouterr().out
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     weights = "adapter/adapter_model.safetensors"
     assert (whole / weights).read_bytes() == (parts / weights).read_bytes()
@@ -419,14 +419,14 @@ def test_train_resume_and_what_transformers_and_peft_make_of_it(kind, begins, tm
         for text in texts:
             ids = torch.tensor([begin + auto(text, add_special_tokens=False)["input_ids"]])
             assert ids[0].tolist() == extended.encode(text, bos=True)
-            with torch.no_grad():  # the model's context is 256 tokens, and these texts are shorter
+            with torch.no_grad():  # these texts fit in the model's context of 256 tokens
                 nats += theirs(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         assert nats / len(texts) == pytest.approx(ours[language]["nll_per_document"], rel=1e-4), language
 
 
 @KINDS
 def test_rows_start_from_the_bases_tokens(kind, tmp_path):
-    """Tied and untied; of a token that ends within a character, too."""
+    """Check tied and untied matrices, and a piece that ends within a character."""
     model = save_model(tmp_path / "model", kind)
     base = load_tokenizer(model)
     merged = JsonTokenizer(
@@ -462,7 +462,7 @@ def test_rows_start_from_the_bases_tokens(kind, tmp_path):
 
 @KINDS
 def test_the_report(kind, tmp_path):
-    """Shares counted by hand: a token is a byte or a part of a character if its bytes are no text."""
+    """Count the shares by hand: a token is a byte or a part of a character if its bytes are not text."""
     save_base(tmp_path, kind)
     base = load_tokenizer(tmp_path)
     extended = JsonTokenizer(continue_merges(base, count_words(sample(DEMO, 0.3, 0), base.words), 400))
@@ -478,7 +478,7 @@ def test_the_report(kind, tmp_path):
 
 @pytest.mark.parametrize("begins", [True, False])
 def test_token_files_keep_held_out_documents_out(begins, tmp_path, monkeypatch, capfd):
-    """Where a document ends is known without a token that begins one. Two processes, forked from one that has
+    """Document borders are known even if no token begins a document. Two processes, forked from one that has
     encoded on all cores, neither hang nor warn."""
     model = save_model(tmp_path / "model", "smollm2", begins)
     tokenizer, rng = load_tokenizer(model), random.Random(0)

@@ -1,4 +1,4 @@
-"""mala.cli: settings from defaults, a TOML file and flags."""
+"""Test mala.cli: settings from defaults, a TOML file and flags."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ def test_defaults_then_file_then_flags(tmp_path):
 
 BAD_FILES = {
     "step = 3": r"unknown option 'step'; did you mean 'steps'\?",
-    "zzz = 3": r"unknown option 'zzz'; known are steps, lr",
+    "zzz = 3": r"unknown option 'zzz'; expected one of steps, lr",
     "config = 'x'": r"unknown option 'config'",
     "steps = '3'": r"steps is '3', expected int",
     "steps = 1.5": r"steps is 1\.5, expected int",

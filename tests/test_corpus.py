@@ -1,4 +1,4 @@
-"""mala.storage.corpus: reading, and what is held out."""
+"""Test mala.storage.corpus: reading documents and holding them out."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
     (tmp_path / "hhh_Latn").mkdir()
     with pa.ipc.new_stream(str(tmp_path / "hhh_Latn" / "data-00000-of-00001.arrow"), table.schema) as stream:
         stream.write_table(table)
-    (tmp_path / "README.md").write_text("no corpus")
+    (tmp_path / "README.md").write_text("not a corpus file")
     corpus = Corpus(tmp_path, held_out=0)
     assert corpus.languages == [f"{c * 3}_Latn" for c in "abcdefgh"]
     assert all(documents == LINES for documents in corpus.load("train").values())
@@ -47,7 +47,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
 def test_tsv_layouts(tmp_path):
     write(tmp_path / "swh_Latn" / "train.tsv", 'index_id\tcategory\ttext\n7\ttravel\tHe said "go\n')
     write(tmp_path / "swh_Latn" / "test.tsv", "index_id\tcategory\ttext\n8\ttravel\tx\n\n9\thealth\ty\n\n")
-    write(tmp_path / "swh_Latn" / "README.txt", "no document")
+    write(tmp_path / "swh_Latn" / "README.txt", "not a document")
     write(tmp_path / "eng_Latn" / "eng_Latn_train.tsv", "40001001\tFaith\tIn the morning\n")
     corpus = Corpus(tmp_path)
     assert corpus.load("train") == {"eng_Latn": ["In the morning"], "swh_Latn": ['He said "go']}
@@ -67,8 +67,8 @@ def test_split_files_of_the_hub(tmp_path):
     corpus = Corpus(tmp_path)
     assert {s: list(corpus.documents("swh_Latn", s)) for s in ("train", "dev", "test")} == {
         "train": ["train0", "train1"], "dev": ["validation0", "validation1"], "test": ["test0", "test1"]}  # fmt: skip
-    write(tmp_path / "swh_Latn" / "more.txt", "of no split")
-    with pytest.raises(UserError, match=r"more\.txt: of no split"):
+    write(tmp_path / "swh_Latn" / "more.txt", "in no split")
+    with pytest.raises(UserError, match=r"more\.txt: in no split"):
         corpus = Corpus(tmp_path).load("train")
 
 
@@ -85,7 +85,7 @@ def test_the_splits_are_the_document_in_order(n, held_out, most, tmp_path_factor
 
 BAD = {
     "no folder": ({}, r"corpus: there is no such folder"),
-    "nothing in it": ({"README.md": ""}, r"corpus: no corpus"),
+    "nothing in it": ({"README.md": ""}, r"corpus: not a corpus"),
     "only blank": ({"swh_Latn.txt": "\n \n"}, r"corpus: the corpus is empty"),
     "bytes": ({"swh_Latn.txt": b"good\nalso\nbad \xff\n"}, r"swh_Latn\.txt: line 3 is not UTF-8 \(byte 0xff at column 5\)"),
     "bytes after BOM": ({"swh_Latn.txt": b"\xef\xbb\xbfab\xff\n"}, r"line 1 is not UTF-8 \(byte 0xff at column 6\)"),

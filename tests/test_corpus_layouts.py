@@ -1,4 +1,4 @@
-"""mala.storage.corpus and corpus_formats: published corpora as downloaded, read by their own libraries, too."""
+"""Test mala.storage.corpus and corpus_formats on published corpora as downloaded. Their own libraries are oracles."""
 
 import json
 import random
@@ -69,16 +69,16 @@ def test_glot500_as_save_to_disk_leaves_it(tmp_path, capsys):
         == datasets.load_from_disk(tmp_path / "b" / "swh_Latn")["text"]
     )
 
-    stale = folder / "train" / "data-00000-of-00001.arrow"  # of an earlier save in other shards
+    stale = folder / "train" / "data-00000-of-00001.arrow"  # from an earlier save with other shards
     stale.write_bytes((folder / "test/data-00000-of-00001.arrow").read_bytes())
     assert splits_of(tmp_path / "a")["train"] == TEXTS[:7] == datasets.load_from_disk(folder)["train"]["text"]
     assert capsys.readouterr().err == ""
     (folder / "train/data-00001-of-00002.arrow").unlink()
-    assert "data-00001-of-00002.arrow: there is no such file, which state.json" in refusal(
+    assert "data-00001-of-00002.arrow: there is no such file, but state.json names it" in refusal(
         Corpus, tmp_path / "a"
     )
     (folder / "train/state.json").write_text('{"_data_files": [1]}')
-    assert "state.json: names no shards" in refusal(Corpus, tmp_path / "a")
+    assert "state.json: does not name shards" in refusal(Corpus, tmp_path / "a")
 
 
 def test_the_cache_of_datasets(tmp_path):
@@ -93,7 +93,7 @@ def test_the_cache_of_datasets(tmp_path):
     (info.parent / "old-train.arrow").write_bytes(next(info.parent.glob("*-test.arrow")).read_bytes())
     assert splits_of(tmp_path / "corpus") == expected  # not named: stale
     next(info.parent.glob("*-test.arrow")).unlink()
-    assert "which dataset_info.json beside it names" in refusal(Corpus, tmp_path / "corpus")
+    assert "there is no such file, but dataset_info.json names it" in refusal(Corpus, tmp_path / "corpus")
 
 
 def test_fineweb_2_and_glotcc(tmp_path, capsys):
@@ -102,11 +102,11 @@ def test_fineweb_2_and_glotcc(tmp_path, capsys):
     write_parquet(fineweb / "data/swh_Latn/train/000_00001.parquet", TEXTS[4:8])
     write_parquet(fineweb / "data/swh_Latn/test/000_00000.parquet", TEXTS[8:])
     write_parquet(fineweb / "data/swh_Latn_removed/train/000_00000.parquet", ["thrown away"])
-    (fineweb / "README.md").write_text("no corpus")
+    (fineweb / "README.md").write_text("not a corpus file")
     (fineweb / "assets").mkdir()
     for root in (fineweb, fineweb / "data"):
         assert splits_of(root) == {"train": TEXTS[:8], "dev": [], "test": TEXTS[8:]}
-    assert "skipped swh_Latn_removed: no language's name" in capsys.readouterr().err
+    assert "skipped swh_Latn_removed: not named for a language" in capsys.readouterr().err
 
     write_parquet(glotcc / "v1.0/swh-Latn/swh-Latn_0.parquet", TEXTS, "content")
     for root in (glotcc, glotcc / "v1.0"):
@@ -129,14 +129,14 @@ def test_without_a_test_split(tmp_path, capsys):
     assert splits_of(tmp_path) == {"train": TEXTS[:8], "dev": [], "test": TEXTS[8:]}
     err = capsys.readouterr().err
     assert err.count("\n") == 2
-    assert "no test split in aka_Latn: the validation split serves as test" in err
-    assert "no test split in swh_Latn: the last 20% of train serves as test" in err
+    assert "no test split in aka_Latn; using the validation split instead" in err
+    assert "no test split in swh_Latn; using the last 20% of train instead" in err
 
     tokenizer, corpus = Tokenizer.from_pretrained(ROOT / "assets/tiny-llama"), Corpus(tmp_path)
     files = file_digests([file for files in corpus.files.values() for file in files], {})
     tokenise(corpus, tokenizer, files, tmp_path / "tokens")
     for language, stream in open_streams(corpus, tmp_path / "tokens").items():
-        train = list(corpus.documents(language, "train"))  # what is held out never trains
+        train = list(corpus.documents(language, "train"))  # held-out documents are never trained on
         tokens = [token for text in train for token in tokenizer.encode(text, bos=True)]
         assert stream.take(0, len(stream)).tolist() == tokens
 
@@ -145,7 +145,7 @@ def test_without_a_test_split(tmp_path, capsys):
 def test_which_field_holds_the_text(write, tmp_path):
     file = tmp_path / f"swh_Latn.{write.__name__.removeprefix('write_')}"
     write(file, TEXTS, "body")
-    assert "its fields are id, body: name the text's with --text-field" in refusal(list, read_documents(file))
+    assert "its fields are id, body; choose one with --text-field" in refusal(list, read_documents(file))
     assert list(read_documents(file, Reading("body"))) == TEXTS
     assert "id" in refusal(list, read_documents(file, Reading("id")))  # a number
     write(file, TEXTS, "content")
@@ -183,7 +183,7 @@ def test_kinds_of_tables(kind, tmp_path):
             writer.write_table(table, max_chunksize=2)
     if kind != "large dictionary":
         pq.write_table(table, tmp_path / "2.parquet")
-        (tmp_path / "3.arrow").write_bytes((tmp_path / "2.parquet").read_bytes())  # the content tells
+        (tmp_path / "3.arrow").write_bytes((tmp_path / "2.parquet").read_bytes())  # the name is wrong
     for file in tmp_path.iterdir():
         assert list(read_documents(file)) == ["one", "two words", "ጤና", "one"], file
 
@@ -193,12 +193,12 @@ def test_damaged_tables_and_others(tmp_path):
     whole = (tmp_path / "whole.parquet").read_bytes()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     for name, content, message in (
-        ("half.parquet", whole[: len(whole) // 2], "no whole Parquet or Arrow file"),
-        ("empty.parquet", b"", "no whole Parquet or Arrow file"),
-        ("page.parquet", b"<!DOCTYPE html>", "no whole Parquet or Arrow file"),
-        ("page.arrow", b"ARROW1 and no more", "no whole Parquet or Arrow file"),
+        ("half.parquet", whole[: len(whole) // 2], "not a whole Parquet or Arrow file"),
+        ("empty.parquet", b"", "not a whole Parquet or Arrow file"),
+        ("page.parquet", b"<!DOCTYPE html>", "not a whole Parquet or Arrow file"),
+        ("page.arrow", b"ARROW1 and no more", "not a whole Parquet or Arrow file"),
         *(
-            (f"x{end}", pointer, "a Git LFS pointer")
+            (f"x{end}", pointer, "found a Git LFS pointer")
             for end in (".parquet", ".arrow", ".jsonl", ".txt", ".tsv")
         ),
     ):
@@ -209,7 +209,7 @@ def test_damaged_tables_and_others(tmp_path):
     )
     with pa.ipc.new_stream(str(tmp_path / "bytes.arrow"), pa.schema({"text": pa.string()})) as writer:
         writer.write_table(pa.table({"text": raw}))
-    assert "bytes.arrow: no whole" in refusal(list, read_documents(tmp_path / "bytes.arrow"))
+    assert "bytes.arrow: not a whole" in refusal(list, read_documents(tmp_path / "bytes.arrow"))
 
 
 BAD_LINES = [
@@ -270,12 +270,12 @@ def test_what_is_skipped_and_why(tmp_path, capsys):
     (tmp_path / "ccc_Latn/test").mkdir(parents=True)
     corpus = Corpus(tmp_path, held_out=0)
     assert corpus.load("train") == {"swh_Latn": TEXTS}
-    other = "no format of a corpus, which are .txt .jsonl .tsv .parquet .arrow, of text with .gz, too"
+    other = "not a corpus format (.txt .jsonl .tsv .parquet .arrow, text formats also with .gz)"
     assert sorted(capsys.readouterr().err.replace(f"{tmp_path}: skipped ", "").splitlines()) == [
         f"aaa_Latn.json, bbb_Latn.jsonl.zst, ddd_Latn/x.csv, swh_Latn/test.jsonl.zst: {other}",
         "ccc_Latn/test: a folder without a corpus file",
-        "sw.txt: no language's name, such as swh_Latn",
-        "swh_Latn/more: files are read from <language>/ and <language>/<split>/ only",
+        "sw.txt: not named for a language, such as swh_Latn",
+        "swh_Latn/more: only files in <language>/ and <language>/<split>/ are read",
     ]
 
 
@@ -284,13 +284,13 @@ def test_a_root_that_is_no_corpus(tmp_path):
     found = refusal(Corpus, tmp_path / "swh_Latn")
     assert (
         "swh_Latn: one language's folder" in found
-        and "name the folder above it, with --langs swh_Latn" in found
+        and "give the folder above it, with --langs swh_Latn" in found
     )
     assert "0.jsonl: a file; expected" in refusal(Corpus, tmp_path / "swh_Latn/train/0.jsonl")
     (tmp_path / "x").mkdir()
-    assert "x: no corpus; expected entries" in refusal(Corpus, tmp_path / "x")
+    assert "x: not a corpus; expected entries" in refusal(Corpus, tmp_path / "x")
     (tmp_path / "x/swh_Latn.jsonl.zst").write_text("x")
-    assert "x: no corpus; skipped swh_Latn.jsonl.zst: no format of a corpus" in refusal(
+    assert "x: not a corpus; skipped swh_Latn.jsonl.zst: not a corpus format" in refusal(
         Corpus, tmp_path / "x"
     )
 
@@ -351,7 +351,7 @@ def test_a_quote_that_is_not_closed_is_refused(case, tmp_path):
     for found in (refusal(SIB200(tmp_path).rows, "swh_Latn", "test"), refusal(list, read_documents(file))):
         assert f"test.tsv: line {line} " in found
         assert (
-            "has 2 columns" if case == "too few columns" else "no CSV with tabs as pandas writes it"
+            "has 2 columns" if case == "too few columns" else "not CSV with tabs as pandas writes it"
         ) in found
 
 
@@ -360,7 +360,7 @@ def test_other_mistakes_in_sib200_name_their_line(tmp_path):
     file.parent.mkdir()
     start = HEADER + row(1, '"a\nb"')
     for more, message in (
-        (row(1, "x").encode(), "line 4 has the id '1' of line 2"),
+        (row(1, "x").encode(), "line 4 has the same id as line 2, '1'"),
         (b"2\ttrave\tx\n", "line 4 has the label 'trave'"),
         (row(2, "x").encode() + b"3\ttravel\t\xff\n", "line 5 is not UTF-8"),
     ):
@@ -383,7 +383,7 @@ def test_the_commands_take_how_a_corpus_is_read(tmp_path):
     assert Corpus.from_settings(learning).load("train")["swh_Latn"] == TEXTS[:8]
     measuring = evaluate.Settings(text_field="body", skip_bad_lines=True)
     assert Corpus.from_settings(measuring, tmp_path).load("test")["swh_Latn"] == TEXTS
-    assert "--text-field changes nothing in --bench sib200" in refusal(
+    assert "--text-field has no effect with --bench sib200" in refusal(
         evaluate.Settings, bench="sib200", text_field="x"
     )
     assert {"text_field", "skip_bad_lines"} <= set(IDENTITY)

@@ -1,6 +1,6 @@
-"""mala.cross_entropy and mala.loss against float64.
+"""Compare mala.cross_entropy and mala.loss with float64.
 
-The Triton kernel runs here in Triton's interpreter, on a CPU.
+The Triton kernel runs in Triton's interpreter, on a CPU.
 """
 
 import os
@@ -18,8 +18,8 @@ import mala.cross_entropy
 from mala.cross_entropy import linear_cross_entropy, token_nll
 from mala.loss import cpu, triton_kernel
 
-# Triton decides when it is imported whether it interprets, and the other tests run without: see the last
-# test.
+# Triton chooses its interpreter when it is imported, so the last test runs this file again in a process
+# that has chosen it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = ["chunked", "triton"] if INTERPRETED else ["chunked"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +46,7 @@ def exact(hidden, weight, targets):
 
 
 def reference(hidden, weight, targets):
-    """F.cross_entropy on all logits at once, in float32."""
+    """Return F.cross_entropy of all logits at once, in float32."""
     logits = (hidden @ weight.to(hidden.dtype).T).float()
     return F.cross_entropy(logits, targets, reduction="sum") / (targets != -100).sum().clamp(min=1)
 
@@ -78,7 +78,7 @@ def test_as_accurate_as_cross_entropy_on_float32_logits(
         nll = token_nll(hidden, weight, targets)
     theirs = results(hidden, weight, targets, reference(hidden, weight, targets))
     expected = exact(hidden, weight, targets)
-    # Both round: allow twice the reference's error, and some units in the last place of the operands.
+    # Both round, so allow twice the reference's error and a few units in the last place of the operands.
     ulp = torch.finfo(DTYPES[dtype]).eps
     for ours, other in zip(error(found, expected), error(theirs, expected)):
         assert ours <= 2 * other + 4 * ulp, (found, theirs, expected)
@@ -90,7 +90,7 @@ def test_as_accurate_as_cross_entropy_on_float32_logits(
 def test_the_gradient_is_the_slope_of_the_loss(implementation):
     hidden, weight, targets = problem(6, 5, 11)
     loss = linear_cross_entropy(hidden, weight, targets, implementation=implementation)
-    gradients = torch.autograd.grad(3 * loss, [hidden, weight])  # scaled by the caller
+    gradients = torch.autograd.grad(3 * loss, [hidden, weight])  # a loss that the caller has scaled
     step = 1e-2
     for x, gradient in zip((hidden, weight), gradients):
         direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
@@ -112,7 +112,7 @@ def test_the_gradient_is_the_slope_of_the_loss(implementation):
 @pytest.mark.parametrize("v", [260_164, 50_257, 32_001, 32_000, 65, 7])
 def test_real_vocabularies_which_few_numbers_divide(v, dtype, implementation):
     hidden, weight, targets = problem(5, 8, v, DTYPES[dtype])
-    targets[0] = v - 1  # of the last pieces, which a GPU multiplies apart
+    targets[0] = v - 1  # one of the last pieces, which a GPU multiplies separately
     loss = linear_cross_entropy(hidden, weight, targets, implementation=implementation)
     theirs = reference(hidden, weight, targets)
     expected = exact(hidden, weight, targets)
@@ -144,7 +144,7 @@ def test_micro_batches_add_up_in_the_weights_own_gradient(n, dtype, implementati
 
 
 def test_a_share_of_what_cannot_be_added_in_place():
-    """A weight that is frozen, of another dtype, or the result of a computation."""
+    """In-place addition is impossible if the weight is frozen, not float32, or the result of a computation."""
     hidden, weight, targets = problem(12, 6, 20)
     for other in (weight.detach(), weight.detach().bfloat16().requires_grad_(), weight * 1):
         half = linear_cross_entropy(hidden, other, targets, share=0.5)
@@ -207,7 +207,7 @@ def test_views_of_larger_tensors(implementation):
 
 
 def test_autocast_and_other_defaults_change_nothing(monkeypatch):
-    monkeypatch.setattr(cpu, "WEIGHT_ROWS", 2)  # so that all products are taken
+    monkeypatch.setattr(cpu, "WEIGHT_ROWS", 2)  # so that add_product splits its operands
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, targets = problem(12, 6, 100, dtype)
         expected = results(hidden, weight, targets, linear_cross_entropy(hidden, weight, targets))
@@ -232,7 +232,7 @@ def test_operands_that_do_not_fit_are_refused():
 
 
 def test_more_rows_than_pieces(monkeypatch):
-    # Two chunks, in both of which the sum over rows, for dWeight, is the long one.
+    # Two chunks. In both, dWeight is a sum over 70,000 rows, which is more than 16 * WEIGHT_ROWS.
     monkeypatch.setattr(mala.cross_entropy, "CHUNK_BYTES", {"cpu": 4 * 3 * 70_000})
     hidden, weight, targets = problem(140_000, 2, 3)
     found = results(hidden, weight, targets, linear_cross_entropy(hidden, weight, targets))
@@ -262,13 +262,12 @@ def test_a_second_backward_is_refused_and_a_wrong_target_named():
             lambda: token_nll(hidden, weight, targets),
         ):
             with pytest.raises(
-                ValueError, match=rf"target {wrong} in place 4 has no row: expected 0 to 10, or -100"
+                ValueError, match=rf"target {wrong} at index 4 has no row: expected 0 to 10, or -100"
             ):
                 call()
     targets[4] = 3
-    mine = linear_cross_entropy(
-        hidden, weight, targets.where(targets >= 0, 7), ignore_index=7
-    )  # another sign for "none"
+    # Another id for "ignored".
+    mine = linear_cross_entropy(hidden, weight, targets.where(targets >= 0, 7), ignore_index=7)
     assert mine.isfinite()
 
 
@@ -285,8 +284,8 @@ def test_chunks_are_bounded_by_the_budget(monkeypatch):
     monkeypatch.setattr(mala.cross_entropy, "CHUNK_BYTES", {"cpu": 4 * 1000 * 170})
     hidden, weight, targets = problem(500, 4, 1000)
     linear_cross_entropy(hidden, weight, targets).backward()
-    # Three chunks of up to 170 rows, filled evenly: 166.7, rounded up to a multiple of 16, but not above the
-    # budget.
+    # Three chunks of up to 170 rows. Equally full ones have 166.7, rounded up to a multiple of 16, but within
+    # the budget.
     assert held == [(170, 4 * 1000 * 170), (170, 4 * 1000 * 170), (160, 4 * 1000 * 170)]
 
 
@@ -298,7 +297,7 @@ if INTERPRETED:
         assert found[[0, 2]].isnan().all() and found[1] == 0 and not logits[1].any()
 
     def test_the_kernel_finds_rows_beyond_2_to_the_31():
-        # 2^30 from row to row: the third begins at 2^31. Only the pages that are touched take memory.
+        # The stride is 2^30, so the third row begins at 2^31. Only pages that are touched take memory.
         logits = torch.empty(2 * 2**30 + 8, dtype=torch.float16).as_strided((3, 8), (2**30, 1))
         logits.copy_(torch.arange(24).view(3, 8) / 4)
         expected = F.cross_entropy(logits.float(), torch.tensor([1, 2, 3]), reduction="none")

@@ -1,4 +1,4 @@
-"""mala.data: token files, and what a step sees."""
+"""Test mala.data: token files and batches."""
 
 import json
 import multiprocessing
@@ -66,7 +66,7 @@ def all_of(stream):
 def test_token_files_hold_every_document_after_bos_in_order(tmp_path):
     write_corpus(tmp_path / "corpus", swh_Latn=LINES, amh_Ethi=LINES[::-1] * 3, eng_Latn=["blank", " ", ""])
     shutil.copytree(tmp_path / "corpus", tmp_path / "deu_Latn")
-    (tmp_path / "deu_Latn").rename(tmp_path / "corpus/deu_Latn")  # a language of several files
+    (tmp_path / "deu_Latn").rename(tmp_path / "corpus/deu_Latn")  # a language with several files
     streams = make(tmp_path / "corpus", tmp_path / "tokens")
     assert {language: stream.documents for language, stream in streams.items()} == {
         "amh_Ethi": 24, "deu_Latn": 33, "eng_Latn": 1, "swh_Latn": 8}  # fmt: skip
@@ -81,7 +81,7 @@ def test_token_files_hold_every_document_after_bos_in_order(tmp_path):
 
 @needs_shared
 def test_blocks_are_those_of_mala_500s_grouping(tmp_path):
-    """The oracle is run_clm.py's group_texts over transformers' tokenizer, which MaLA-500 was packed with."""
+    """The oracle is run_clm.py's group_texts with transformers' tokenizer, with which MaLA-500 was packed."""
     lines = (SHARED / "bible/amu_Latn.txt").read_text().splitlines()[:400]
     write_corpus(tmp_path / "corpus", amu_Latn=lines)
     tokenizer = Tokenizer.from_pretrained(SHARED / "llama2")
@@ -113,8 +113,8 @@ def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
 
     assert again()[0] == ["amh_Ethi", "eng_Latn", "swh_Latn"]
     assert again()[0] == []
-    (corpus / "swh_Latn.jsonl").touch()  # another time, the same text
-    assert again(held_out=0.5)[0] == []  # what is held out is decided when the files are opened
+    (corpus / "swh_Latn.jsonl").touch()  # a new modification time, but the same text
+    assert again(held_out=0.5)[0] == []  # documents are left out only when files are opened
     write_corpus(corpus, swh_Latn=LINES[:-1] + ["<s> is TEXT"])  # the same number of bytes
     names, streams = again()
     assert names == ["swh_Latn"] and all_of(streams["swh_Latn"]) == expected_tokens(
@@ -127,7 +127,7 @@ def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
     assert names == [] and streams.keys() == {
         "eng_Latn",
         "swh_Latn",
-    }  # what others of the runs that share them may need stays
+    }  # other runs that share the token files may need amh_Ethi
     (tmp_path / "amh_Ethi.jsonl").rename(corpus / "amh_Ethi.jsonl")
     assert again()[0] == [] and again(languages=("swh_Latn",))[1].keys() == {"swh_Latn"}
     other = Tokenizer(append_pieces(TOKENIZER, {"two▁": -9999.0}), "other")
@@ -137,7 +137,7 @@ def test_only_what_changed_is_tokenised_again(tmp_path, monkeypatch):
     names, streams = again()
     assert (
         names == ["amh_Ethi", "swh_Latn"] and not (tokens / "eng_Latn.0.bin").exists()
-    )  # of another tokenizer
+    )  # made with another tokenizer
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "corpus", tmp_path / "tokens")
     streams = make(tmp_path / "corpus", tmp_path / "tokens")
-    assert len(done) == 7 and len(set(done)) == 6  # the fourth twice, all others once
+    assert len(done) == 7 and len(set(done)) == 6  # the fourth twice, the others once
     assert all(all_of(stream) == expected_tokens(LINES) for stream in streams.values()) and len(streams) == 6
 
 
@@ -175,7 +175,7 @@ def test_many_processes_make_the_same_files(tmp_path, monkeypatch):
 def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
     fifos = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for fifo in fifos:
-        os.mkfifo(fifo)  # a worker that opens it waits for ever
+        os.mkfifo(fifo)  # a worker that opens it waits forever
 
     def kill():
         while not multiprocessing.active_children():
@@ -189,7 +189,7 @@ def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
         TokenFile("aaa_Latn", fifo, mala.data.POOL_BYTES, {"file": f"{fifo.name}.bin"}, Reading())
         for fifo in fifos
     ]
-    with pytest.raises(UserError, match="a process that tokenised was killed"):
+    with pytest.raises(UserError, match="a tokenising process was killed"):
         list(mala.data._in_parallel(missing, tmp_path, TOKENIZER))
 
 
@@ -208,12 +208,12 @@ def test_digests_follow_the_content_and_are_read_once(tmp_path, monkeypatch):
 @given(lengths=st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=4), data=st.data())
 @settings(deadline=None, max_examples=200)
 def test_a_stream_of_the_first_documents_of_token_files(tmp_path_factory, lengths, data):
-    """lengths: in tokens, of the documents of every file."""
+    """lengths: the number of tokens of each document, for each file."""
     kept = data.draw(st.integers(0, 8))
     parts, expected, number = [], [], 0
     for of_file in lengths:
         if not sum(of_file):
-            continue  # a file without a token is no part of a stream
+            continue  # a stream has no files without tokens
         tokens = np.arange(number, number := number + sum(of_file), dtype=np.uint16)
         file = tmp_path_factory.mktemp("tokens") / "part.bin"
         file.write_bytes(tokens.tobytes() + np.array(of_file, "<u4").tobytes())
@@ -236,7 +236,7 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=
 def make_batches(sizes, **changes):
     streams, first = {}, 0
     for i, (documents, tokens) in enumerate(sizes):
-        middle = tokens // 3  # in two files, the first maybe empty
+        middle = tokens // 3  # split into two files; the first may be empty
         ids = np.arange(first, first + tokens, dtype=np.uint32)
         streams[f"{chr(97 + i) * 3}_Latn"] = Stream(
             [part for part in (ids[:middle], ids[middle:]) if len(part)], documents
@@ -250,9 +250,9 @@ def make_batches(sizes, **changes):
 @given(sizes=lengths, seq_len=st.integers(1, 50), seed=st.integers(0, 5))
 @settings(deadline=None, max_examples=30)
 def test_blocks_are_the_grouping_of_the_stream_and_leave_no_token_out(sizes, seq_len, seed):
-    """MaLA-500 cuts the stream into blocks of seq_len: ours are those blocks.
+    """Our blocks are MaLA-500's: the stream cut into blocks of seq_len.
 
-    The last is filled from the beginning.
+    The last block is filled up from the beginning.
     """
     streams, batches = make_batches(sizes, seq_len=seq_len, seed=seed)
     for step in range(20):
@@ -264,7 +264,7 @@ def test_blocks_are_the_grouping_of_the_stream_and_leave_no_token_out(sizes, seq
             assert odd == 0
             ring = np.resize(np.roll(stream, -block * seq_len), seq_len + 1)
             assert inputs[row].tolist() == ring[:-1].tolist() and targets[row].tolist() == ring[1:].tolist()
-    for index, language in enumerate(batches.languages):  # each time round, every block once
+    for index, language in enumerate(batches.languages):  # each round has every block once
         seen = batches.block_of_row[batches.language_of_row == index]
         blocks = -(-len(streams[language]) // seq_len)
         for start in range(0, len(seen) - blocks + 1, blocks):
@@ -281,7 +281,7 @@ def test_a_step_depends_on_seed_step_and_rank_alone():
         assert torch.equal(batches[step][0], in_order[step][0]) and torch.equal(
             longer[step][0], in_order[step][0]
         )
-        for processes in (1, 2, 4):  # together they see what one would see
+        for processes in (1, 2, 4):  # together they get what one process would get
             shares = [batches.share(step, rank, processes) for rank in range(processes)]
             for whole, parts in zip(batches[step], zip(*shares)):
                 assert torch.equal(whole, torch.cat(parts))
@@ -305,7 +305,7 @@ def test_read_ahead_keeps_the_order_and_passes_errors_on():
     deadline = time.monotonic() + 10
     while len(read) < 1 + mala.data.PREFETCH and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert read == [3, 4, 5]  # ahead, but not without end
+    assert read == [3, 4, 5]  # ahead, but only by PREFETCH
     assert list(steps) == [step * step for step in range(4, 10)]
     with pytest.raises(ZeroDivisionError):
         list(read_ahead(lambda step: 1 // (5 - step), range(10)))

@@ -1,4 +1,4 @@
-"""mala.running.distributed: two gloo processes take the path of many GPUs, and the oracle is one process."""
+"""Test mala.running.distributed. Two gloo processes run the code of many GPUs; the oracle is one process."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def losses(out):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same 50 steps by one process and by two."""
+    """Run the same 50 steps in one process and in two. Return the folder of both runs."""
     folder = tmp_path_factory.mktemp("runs")
     for processes in (1, 2):
         succeed(folder / str(processes), processes, "--steps", 50)
@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
 def test_two_processes_have_the_losses_of_one(runs):
     one, two = losses(runs / "1"), losses(runs / "2")
     assert len(one) == 50 and (one - two).abs().max() < 1e-5
-    assert one[-1] < one[0] - 1  # they have learnt something
+    assert one[-1] < one[0] - 1  # the loss falls
     nll = [
         json.loads((runs / name / "nll.json").read_text())["after"]["macro"]["nll_per_document"]
         for name in "12"
@@ -69,7 +69,7 @@ def test_two_processes_have_the_losses_of_one(runs):
 def test_a_checkpoint_of_one_number_of_processes_goes_on_with_another(runs, of, on, tmp_path):
     step_25 = runs / of / "checkpoints/step-25"
     printed = succeed(tmp_path / "out", on, "--steps", 50, "--resume", step_25)
-    assert "step-25: going on after step 25 of 50" in printed
+    assert "step-25: continuing after step 25 of 50" in printed
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(26, 51))
     assert (torch.tensor([line["loss"] for line in lines]) - losses(runs / "1")[25:]).abs().max() < 1e-5
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_one_number_of_processes_goes_on_with_another(runs, of, 
 
 @pytest.mark.parametrize("what", [("--train", "all", "--attend", "document"), ("--train-rows", "new")])
 def test_two_processes_train_all_weights_or_new_rows_as_one(what, tmp_path):
-    """And measure, continue a text and save after the same step, with more micro-batches to come."""
+    """The runs also measure, continue a text and save after step 3, and then continue training."""
     more = ["--steps", 6, "--eval-every", 3, "--samples", "swh_Latn", "--save-every", 3, *what]
     for processes in (1, 2):
         succeed(tmp_path / str(processes), processes, *more)
@@ -94,7 +94,7 @@ def test_two_processes_train_all_weights_or_new_rows_as_one(what, tmp_path):
     texts = [json.loads(of_run[2])["samples"]["swh_Latn"] for of_run in lines]
     assert texts[0] == texts[1]
 
-    shutil.rmtree(files[1])  # what two processes saved goes on with one
+    shutil.rmtree(files[1])  # one process continues what two have saved
     for result in ("model", "adapter"):
         shutil.rmtree(tmp_path / "2" / result, ignore_errors=True)
     succeed(tmp_path / "2", 1, *more)
@@ -113,11 +113,11 @@ def test_a_sharded_model_computes_what_the_whole_one_does(processes, tmp_path):
     not os.path.exists("/proc/self/status"), reason="the memory of a process is read from Linux's /proc"
 )
 def test_two_processes_never_hold_much_more_than_half_of_a_model(tmp_path):
-    """0.6 of what a process alone would hold, and the largest part that FSDP gathers at once, here a block."""
-    model = Llama(LlamaConfig(vocab_size=2048, hidden_size=512, intermediate_size=1376, num_hidden_layers=48,
+    """The limit is 0.6 of what a single process holds, plus the largest unit that FSDP2 gathers, a block."""
+    model = Llama(LlamaConfig(vocab_size=2048, hidden_size=512, intermediate_size=1376, num_hidden_layers=40,
                               num_attention_heads=8)).to(torch.bfloat16)  # fmt: skip
     init_weights(model, 0)
-    model.save_pretrained(tmp_path / "base")  # float32 in memory, which a map of this file is not
+    model.save_pretrained(tmp_path / "base")  # bfloat16 on disk: a float32 copy in memory is no file map
     shutil.copy(ROOT / "assets/tiny-llama/tokenizer.model", tmp_path / "base")
     add_lora(model, LoRAConfig(r=1))
     save_adapter(model, tmp_path / "adapter")
@@ -128,7 +128,7 @@ def test_two_processes_never_hold_much_more_than_half_of_a_model(tmp_path):
     )
     command = [*TORCHRUN, "2", ROOT / "tests/sharded_memory.py", ROOT / "assets/tiny-llama"]
     command += [tmp_path / name for name in ("base", "adapter", "data", "out")]
-    # What is freed goes back to the system at once, so that the memory of the process is what it holds.
+    # Return freed memory to the system at once, so the process's memory is what it really holds.
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | returned, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -143,9 +143,9 @@ def test_two_processes_never_hold_much_more_than_half_of_a_model(tmp_path):
     allowed |= dict.fromkeys(("measuring", "saving"), 0.6 * with_moments + block)
     allowed["training"] = (
         0.6 * with_moments + block + trained
-    )  # the gradients are whole until they are averaged
+    )  # gradients are not sharded until they are averaged
     for most in measured:
-        assert most["gathering"] < 2**24, most  # one of 16 such tensors, and less
+        assert most["gathering"] < 2**24, most  # less than one of the 16 tensors
         for stage, size in allowed.items():
             assert parameters / 2 < most[stage] < size, f"{stage}: {most[stage]:,} bytes of {parameters:,}"
 
@@ -162,13 +162,13 @@ def test_an_evaluation_that_shares_the_model_gives_the_predictions_of_one_proces
     one, two = (tmp_path / name for name in ("one", "two"))
     assert (two / "predictions.jsonl").read_bytes() == (one / "predictions.jsonl").read_bytes()
     kept = [sorted(file.name for file in (folder / "done").iterdir()) for folder in (one, two)]
-    assert kept[0] == kept[1]  # so either goes on with what the other has done
+    assert kept[0] == kept[1]  # so one can continue what the other has done
 
 
 def start_and_signal(out, number, to_torchrun=False):
-    """Send one of two processes, or torchrun, a signal in the midst of training.
+    """Send a signal to one of two processes, or to torchrun, during training.
 
-    Status and output of the whole job.
+    Returns the exit status, stdout and stderr of the job.
     """
     command = [
         *TORCHRUN,
@@ -205,14 +205,14 @@ def test_a_killed_process_ends_the_job_with_a_sentence(tmp_path):
     assert status == 1
     assert "error: lost the other processes: one of them has ended" in errors
     assert "Signal 9 (SIGKILL)" in errors
-    assert errors.count("Traceback") <= 1  # torchrun's own, in the report that names the signal
+    assert errors.count("Traceback") <= 1  # from torchrun, in its report on the signal
 
 
 @pytest.mark.parametrize("to_torchrun", [False, True])
 def test_a_signal_stops_all_processes_with_a_checkpoint(to_torchrun, tmp_path):
     status, printed, _ = start_and_signal(tmp_path / "out", signal.SIGTERM, to_torchrun)
-    assert "with a checkpoint; the same command goes on there" in printed
-    assert status == (1 if to_torchrun else 0)  # torchrun itself calls it a failure
+    assert "with a checkpoint; the same command continues from it" in printed
+    assert status == (1 if to_torchrun else 0)  # torchrun reports a failure if it is signalled itself
     step = int(printed.split("stopped after step ")[1].split()[0])
     assert (tmp_path / f"out/checkpoints/step-{step}/training_state.json").exists()
 

@@ -1,9 +1,10 @@
-"""The documents: their blocks print what they say, their commands are understood, what they name is there."""
+"""Test the documents: code prints what they show, commands parse, and named files and functions exist."""
 
 import ast
 import doctest
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -20,7 +21,7 @@ BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(name: str) -> list[tuple[str, str]]:
-    """(language, text) of each fenced block."""
+    """Return (language, text) of each fenced block."""
     return [block[1:] for block in BLOCK.findall(DOCUMENTS[name].read_text(encoding="utf-8"))]
 
 
@@ -38,7 +39,7 @@ def test_the_walkthrough_runs_and_prints_what_it_says(monkeypatch):
 
 
 def commands() -> list[tuple[str, str]]:
-    """(document, command) for each of this project's commands in a shell block, its lines put together."""
+    """Return (document, command) for each command of this project in a shell block, joined to one line."""
     found = []
     for name in DOCUMENTS:
         for language, text in blocks(name):
@@ -54,7 +55,7 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("document, command", commands())
 def test_every_command_is_understood(document, command, monkeypatch):
-    """The flags of the scripts are parsed, and checked as far as that takes no files; nothing runs."""
+    """Parse the flags, and make all checks that need no files. Nothing runs."""
     words = shlex.split(command, comments=True)
     monkeypatch.chdir(ROOT)
     if "train.py" in words or "evaluate.py" in words:
@@ -75,20 +76,29 @@ def test_every_command_is_understood(document, command, monkeypatch):
     cli.parse_command(module, commands[module].COMMANDS, argv)
 
 
+def anchors(document: Path) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_what_a_document_names_is_there(name):
     text = DOCUMENTS[name].read_text(encoding="utf-8")
     for file in re.findall(r"`((?:mala|tests|benchmarks|configs|tools|docs|assets)/[\w./-]+\.\w+)`", text):
         assert (ROOT / file).exists(), f"{name}: there is no {file}"
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", BLOCK.sub("", text)):
-        assert "://" in link or (DOCUMENTS[name].parent / link).exists(), f"{name}: there is no {link}"
-    # `name` in `file.py`, `name` (`file.py`), `name`, `file.py`, or several names before the file.
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", BLOCK.sub("", text)):
+        target = DOCUMENTS[name].parent / link if link else DOCUMENTS[name]
+        assert "://" in link or target.exists(), f"{name}: there is no {link}"
+        if anchor and "://" not in link:
+            assert anchor in anchors(target), f"{name}: {link} has no heading #{anchor}"
+    # Match `name` in `file.py`, `name` (`file.py`), `name`, `file.py`, and several names before a file.
     one_name = r"`(?![\w.]*\.py`)[\w.]+`"
     place = r"`((?:mala/(?:\w+/)*|tools/)?\w+\.py)`"
     for names, file in re.findall(rf"((?:{one_name}(?:, | and | or )?)+) ?(?:in |\()?{place}", text):
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        for statement in tree.body:  # of the module's variables only, not those of its functions
+        for statement in tree.body:  # variables of the module, not of its functions
             if isinstance(statement, ast.Assign | ast.AnnAssign):
                 named = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
                 defined |= {node.id for node in named if isinstance(node.ctx, ast.Store)}

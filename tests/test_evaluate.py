@@ -1,6 +1,6 @@
-"""evaluate.py against the published procedure, and as a user types it.
+"""Test evaluate.py against the published procedure, and from the command line.
 
-Resumed, by two processes, compared, with mistakes.
+The command-line tests cover killed runs, two processes, comparisons and mistakes.
 """
 
 import json
@@ -40,16 +40,16 @@ def predictions(folder):
 
 
 def untimed(folder):
-    """results.json without what a clock decides."""
+    """Return results.json without its timings."""
     return {
         key: value for key, value in results(folder).items() if key not in ("seconds", "examples_per_second")
     }
 
 
 def save_byte_level(folder, texts, size=600):
-    """A byte-level BPE as LLaMA 3 has it, with what a careless reader falls for.
+    """Save a byte-level BPE as in LLaMA 3, with traps for a careless reader.
 
-    Truncation, padding, and a post-processor.
+    The traps are truncation, padding and a post-processor.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -71,8 +71,8 @@ def save_byte_level(folder, texts, size=600):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """name -> (folder, encode): the bundled one; grouped queries and llama3 positions; and byte-level
-    BPE with a context so short that contexts are cut."""
+    """Return name -> (folder, encode) of three models: the bundled one; one with grouped queries and llama3
+    positions; and one with byte-level BPE whose context is so short that prompts are cut."""
     folder = tmp_path_factory.mktemp("models")
     found = {"tiny-llama": TINY}
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -96,8 +96,8 @@ def models(tmp_path_factory):
         line for file in sorted(SAMPLE.glob("*/*_Latn/*train.tsv")) for line in file.read_text().splitlines()
     ]
     save_byte_level(folder / "byte-level", texts)
-    # Not transformers 5's LlamaTokenizer: to " travel" it puts no second word start, as SentencePiece and the
-    # tokenizer.json of the official LLaMA 2 do, with which the published figures were made.
+    # Do not use transformers 5's LlamaTokenizer: it adds no second word start to " travel". SentencePiece and
+    # the official LLaMA 2's tokenizer.json do, and the published figures were made with them.
     encoders = {
         name: sentencepiece.SentencePieceProcessor(str(found[name] / "tokenizer.model")).encode
         for name in ("tiny-llama", "grouped")
@@ -162,7 +162,7 @@ def test_equals_the_published_procedure(models, name, bench, tmp_path):
         assert figures["n"] == 3 and figures["accuracy"] == sum(correct[3 * i : 3 * i + 3]) / 3
         assert figures["accuracy_norm"] == sum(correct_norm[3 * i : 3 * i + 3]) / 3
     assert result["macro"]["accuracy"] == pytest.approx(sum(correct) / 15)
-    if name == "byte-level":  # some context was cut
+    if name == "byte-level":  # some contexts were cut
         examples = [
             context
             for language in languages.split(",")
@@ -189,9 +189,9 @@ def test_every_shot_list_is_the_published_one(tmp_path):
 def test_without_arguments_the_sample_is_measured_and_called_one(bench, tmp_path):
     latin = (
         "eng_Latn,swh_Latn,cym_Latn" if bench == "sib200" else ""
-    )  # the others are long in the bytes that this model reads
+    )  # the other languages take this model many byte tokens
     lines = succeed("evaluate.py", "--bench", bench, "--langs", latin, cwd=tmp_path).splitlines()
-    assert lines[0] == lines[-1] and "sample" in lines[0] and "no score" in lines[0]
+    assert lines[0] == lines[-1] and "sample" in lines[0] and "not benchmark scores" in lines[0]
     assert ("python -m tools.get_benchmark " + bench in lines[0]) == (bench != "nll")
     result = results(tmp_path / "out" / bench)
     assert result["sample"] is True and result["bench"] == bench and result["model"] == str(TINY)
@@ -237,12 +237,12 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path):
     )
     written = [file.stat().st_mtime_ns for file in done]
     succeed(*args, "--out", tmp_path / "cut")
-    assert [file.stat().st_mtime_ns for file in done] == written  # nothing of it was measured again
+    assert [file.stat().st_mtime_ns for file in done] == written  # nothing was measured again
     assert (tmp_path / "cut/predictions.jsonl").read_bytes() == (
         tmp_path / "whole/predictions.jsonl"
     ).read_bytes()
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
-    # More languages, and groups of them, are added to what is there; another model is not taken for this one.
+    # More languages are added to the kept ones. A model with another dtype is measured separately.
     succeed(
         *args[:5],
         "--langs",
@@ -268,7 +268,7 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path):
     )
 
 
-# The run is killed, without a chance to tidy up, when it begins to write its third language.
+# The run is killed, without a chance to clean up, when it begins to write its third language.
 STOPPED = """
 import os, signal, sys
 sys.argv[0] = "evaluate.py"
@@ -379,7 +379,7 @@ def test_seeds_protocols_and_comparison(tmp_path):
     assert "macro-average by seed: 1: " in printed
     lines = predictions(tmp_path / "both")
     assert [line for line in lines if line["seed"] == 1] == predictions(tmp_path / "1")
-    # With --limit every seed asks the same questions, in its own order and after its own shots.
+    # With --limit every seed asks the same questions, but in its own order and with its own shots.
     ids = [
         {line["id"] for line in lines if (line["lang"], line["seed"]) == ("swh_Latn", seed)}
         for seed in (1, 2)
@@ -405,7 +405,7 @@ def test_seeds_protocols_and_comparison(tmp_path):
     assert compared["differing_settings"] == {"seeds": [[1], [1, 2]]} and "seeds: A [1], B [1, 2]" in printed
     swahili = compared["languages"]["swh_Latn"]
     assert swahili["difference"] == pytest.approx(swahili["b"] - swahili["a"]) and 0 <= swahili["p"] <= 1
-    with pytest.raises(SystemExit, match="only one benchmark can be compared"):
+    with pytest.raises(SystemExit, match="expected two runs of one benchmark"):
         succeed(
             "evaluate.py", "--bench", "nll", "--langs", "swh_Latn", "--limit", 2, "--out", tmp_path / "nll"
         )
@@ -465,7 +465,7 @@ WRONG = {
     "an id twice": (
         "taxi1500",
         {"test": "1\tSin\tx\n2\tSin\ty\n1\tSin\tz\n"},
-        r"line 3 has the id '1' of line 1; every row",
+        r"line 3 has the same id as line 1, '1'; every row",
     ),
 }
 
@@ -481,7 +481,7 @@ def test_wrong_data_is_one_sentence_with_file_and_line(case, tmp_path):
 
 def test_a_row_is_never_shown_before_itself(tmp_path):
     write_task(tmp_path, "taxi1500", train="1\tSin\tx\n", test="1\tSin\tx\n")
-    with pytest.raises(SystemExit, match="row 1: every train row is this very row"):
+    with pytest.raises(SystemExit, match="row 1: all train rows are equal to it"):
         succeed(
             "evaluate.py", "--bench", "taxi1500", "--data", tmp_path, "--shots", 1, "--out", tmp_path / "out"
         )
@@ -518,7 +518,7 @@ def test_quotes_tabs_marks_and_line_ends_are_text_or_nothing(tmp_path):
 
 
 def published_of(rows):
-    """What the published procedure makes of these rows, as train and test split."""
+    """Yield what the published procedure makes of these rows, used as both train and test split."""
     docs = [dict(zip(("id", "label", "text"), row.split("\t", 2))) for row in rows]
     rng = published.np.random.default_rng(1234)
     for number in rng.permutation(len(docs)):
@@ -534,25 +534,25 @@ def published_of(rows):
 
 
 MISTAKES = {
-    "--limit 0": "limit is 0, expected a number from 1 on",
-    "--shots -1": "shots is -1, expected a number from 0 on",
+    "--limit 0": "limit is 0, expected a number of at least 1",
+    "--shots -1": "shots is -1, expected a number of at least 0",
     "--seeds 1,x": r"--seeds: invalid list of whole numbers value: '1,x'",
-    "--seeds 1,-2": "seeds are 1, -2, expected numbers from 0 on",
+    "--seeds 1,-2": "seeds are 1, -2, expected no negative number",
     "--bench mmlu": r"--bench: invalid choice: 'mmlu'",
-    "--data nowhere": "nowhere: there is no such folder; expected nowhere/swh_Latn/test.tsv",
-    "--data empty": "empty: no language here; expected empty/swh_Latn/test.tsv",
+    "--data nowhere": "nowhere: there is no such folder; expected files such as nowhere/swh_Latn/test.tsv",
+    "--data empty": "empty: no language here; expected files such as empty/swh_Latn/test.tsv",
     "--langs abc_Latn": "there is no language 'abc_Latn'; it holds amh_Ethi",
-    "--langs-file list.txt": "--langs-file: no such language is here; there are amh_Ethi",
+    "--langs-file list.txt": "--langs-file: no such language is here; expected some of amh_Ethi",
     "--langs eng_Latn --langs-file list.txt": "--langs and --langs-file: no such language is here",
-    "--max-held-out -1": "max_held_out is -1, expected a number from 0 on",
-    "--shard on": "--shard on takes several processes: torchrun --nproc-per-node N evaluate.py",
-    "--adapter moved": "moved/adapter_config.json: names the base /gone/llama, which is not here; give it with --model",
+    "--max-held-out -1": "max_held_out is -1, expected a number of at least 0",
+    "--shard on": "--shard on needs several processes: torchrun --nproc-per-node N evaluate.py",
+    "--adapter moved": "moved/adapter_config.json: names the base /gone/llama, which does not exist; give it with --model",
     "--adapter orphan": "orphan/adapter_config.json: names no base_model_name_or_path; give the base with --model",
     "--bench nll --data corpus --langs swh_Latn,zul_Latn": "corpus: zul_Latn has no document in its test split",
-    "--langs-file empty.txt": "empty.txt: no languages; expected one a line",
+    "--langs-file empty.txt": "empty.txt: no languages; expected one per line",
     "--split dev": "/dev.tsv: there is no such file; expected the dev split of amh_Ethi",
     "--model nowhere": "nowhere/config.json: there is no such file",
-    "--model no-such/model": "no-such/model: there is no such folder, and the Hugging Face hub does not give it",
+    "--model no-such/model": "no-such/model: there is no such folder, and the Hugging Face hub does not provide it",
     "--compare a.json": "--compare is given 1 files, expected two",
     "--compare a.json b.json": "a.json: there is no such file; expected a results.json of evaluate.py",
     "--compare other.json other.json": "other.json: no 'languages' or no 'bench'; expected a results.json",
@@ -592,7 +592,7 @@ def test_a_list_of_languages_narrows_what_is_measured(tmp_path):
 
 @pytest.fixture
 def cached(models, tmp_path, monkeypatch):
-    """The hub's cache as huggingface_hub leaves it: org/model, and org/adapter, which was made for it."""
+    """Fill the hub's cache as huggingface_hub leaves it, with org/model and its adapter org/adapter."""
     import huggingface_hub
 
     from mala.lora import LoRAConfig, add_lora
@@ -614,9 +614,9 @@ def cached(models, tmp_path, monkeypatch):
 
 
 def test_what_is_done_is_taken_only_for_what_it_is(tmp_path):
-    """The same --out for models that differ in a last row, a setting, an adapter's scaling.
+    """Models that differ in the last rows, a setting or an adapter's scaling share one --out.
 
-    Each is measured anew.
+    Each of them is measured anew.
     """
     from mala.lora import LoRAConfig, add_lora
     from mala.storage.peft_adapter import save_adapter
@@ -654,7 +654,7 @@ def test_what_is_done_is_taken_only_for_what_it_is(tmp_path):
     done = sorted((tmp_path / "shared/done").glob("*.json"))
     assert len(done) == 5 and measure(*variants["plain"]) == alone["plain"]
 
-    # A damaged one is measured again.
+    # A damaged file is measured again.
     for content in ("{", "{}", "[]", '{"seconds": 1.0, "predictions": []}'):
         for file in done:
             file.write_text(content)
@@ -668,7 +668,7 @@ def test_figures_that_are_no_numbers_are_refused(tmp_path):
     shutil.copy(TINY / "tokenizer.model", tmp_path / "model")
     for bench in ("nll", "taxi1500"):
         with pytest.raises(
-            SystemExit, match="swh_Latn: a log-likelihood of text 0 is nan; .* try --dtype float32"
+            SystemExit, match="swh_Latn: the log-likelihood of text 0 is nan; .* try --dtype float32"
         ):
             succeed(
                 "evaluate.py",
@@ -699,7 +699,7 @@ def test_names_of_the_hub_and_byte_level_tokenizers(cached, models, tmp_path):
     ).read_bytes()
     succeed(
         *args, "--adapter", "org/adapter", "--out", tmp_path / "adapter"
-    )  # and its base, by the adapter's own word
+    )  # the adapter's config names its base
     assert results(tmp_path / "adapter")["model"].endswith("models--org--model/snapshots/" + "0" * 40)
     assert (tmp_path / "folder/predictions.jsonl").read_bytes() == (
         tmp_path / "adapter/predictions.jsonl"

@@ -1,4 +1,4 @@
-"""tools.fertility against plain counting, and against what text of all kinds brings out."""
+"""Test tools.fertility against plain counting, and its unreachable pieces against texts of all kinds."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_no_text_brings_out_what_is_called_unreachable_and_some_text_the_rest():
     }
     assert LOST and not LOST & found
     for piece in MERGED.scores():
-        text = "\n" + piece.replace("▁", " ")  # after a byte, which merges with nothing
+        text = "\n" + piece.replace("▁", " ")  # after a byte, because a byte merges with nothing
         assert (piece in LOST) == (MERGED.processor.piece_to_id(piece) not in MERGED.encode(text)), piece
 
 

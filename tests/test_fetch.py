@@ -1,4 +1,4 @@
-"""tools.fetch and tools.get_benchmark, against a server here that can drop, damage and hold back."""
+"""Tests of tools.fetch and tools.get_benchmark with a local server that drops, damages and delays files."""
 
 import functools
 import hashlib
@@ -34,7 +34,7 @@ CHECKS = dict(size=len(BODY), checksum=GIT)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Sends `files[address]` of its server, as `plans[address]` says in turn; the last step stays."""
+    """Sends the server's `files[address]`. Each request takes a step of `plans[address]`; the last one stays."""
 
     def log_message(self, *_):
         pass
@@ -64,7 +64,7 @@ def server(monkeypatch):
     monkeypatch.setattr(fetch, "WAITS", (0, 0, 0))
     monkeypatch.setenv("no_proxy", "*")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # a connection that the client broke off
+    server.handle_error = lambda *_: None  # when the client breaks a connection off
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.files, server.links, server.plans = {"/file": BODY}, {}, {}
     server.log = []  # (address, Range)
@@ -79,7 +79,7 @@ def ranges(server, address="/file"):
 
 
 def get(url, path, **checks):
-    """Download one file; how far the bar went."""
+    """Download one file. Return the count of the progress bar."""
     with tqdm(file=io.StringIO()) as bar:
         download(File(url, **checks), path, bar, threading.Event())
         return bar.n
@@ -107,7 +107,7 @@ def test_what_broke_off_goes_on_in_this_run_and_in_the_next(server, tmp_path):
 
 @pytest.mark.parametrize("step, size", [({"no_range": True}, 1000), ({}, 400_000), ({}, len(BODY))], ids=str)
 def test_a_part_that_cannot_be_continued(server, tmp_path, step, size):
-    """The server ignores Range, or has no byte after the part (416): all is fetched anew."""
+    """If the server ignores Range or has no byte after the part (416), everything is downloaded again."""
     (tmp_path / ".file.part").write_bytes(b"x" * size)
     server.plans["/file"] = [step]
     get(server.url + "/file", tmp_path / "file", **CHECKS)
@@ -117,11 +117,11 @@ def test_a_part_that_cannot_be_continued(server, tmp_path, step, size):
 @pytest.mark.parametrize("right", [{"size": len(BODY)}, {"checksum": GIT}, {"checksum": SHA256}], ids=str)
 def test_wrong_size_or_checksum(server, tmp_path, right):
     server.plans["/file"] = [{"body": BODY[:-1] if "size" in right else b"x" + BODY[1:]}, {}]
-    message = r"/file: has .*expected (300,000|[0-9a-f]{40,64}).*; it is deleted: give the command"
+    message = r"/file: has .*expected (300,000|[0-9a-f]{40,64}).*; it has been deleted: run the command"
     with pytest.raises(UserError, match=message):
         get(server.url + "/file", tmp_path / "file", **right)
     assert os.listdir(tmp_path) == []
-    for _ in range(2):  # once there, it is not asked for again
+    for _ in range(2):  # the file is not requested again once it is there
         get(server.url + "/file", tmp_path / "file", **right)
         assert (tmp_path / "file").read_bytes() == BODY and len(server.log) == 2
     (tmp_path / "file").write_bytes(BODY[1:])
@@ -130,11 +130,11 @@ def test_wrong_size_or_checksum(server, tmp_path, right):
 
 
 def test_errors_in_one_sentence(server, tmp_path):
-    with pytest.raises(UserError, match=r"/none: the server answers 404 \(Not Found\); see in a browser"):
+    with pytest.raises(UserError, match=r"/none: the server answered 404 \(Not Found\); check in a browser"):
         get(server.url + "/none", tmp_path / "none")
-    assert len(server.log) == 1  # another try would be in vain
+    assert len(server.log) == 1  # there is no retry, which would fail too
     server.plans["/file"] = [{"drop": 1000, "no_range": True}]
-    message = r"/file: .*broke off after 1,000 of 300,000 bytes.*check the network and give"
+    message = r"/file: .*broke off after 1,000 of 300,000 bytes.*check the network and run"
     with pytest.raises(UserError, match=message):
         get(server.url + "/file", tmp_path / "b")
     assert ranges(server) == [None, *["bytes=1000-"] * 3]
@@ -142,16 +142,16 @@ def test_errors_in_one_sentence(server, tmp_path):
     with pytest.raises(UserError, match=message):
         get("http://127.0.0.1:9/x", tmp_path / "x")
     assert os.listdir(tmp_path) == [".b.part"]
-    with pytest.raises(UserError, match="b.part/a: Not a directory; make room, or name another folder"):
+    with pytest.raises(UserError, match="b.part/a: Not a directory; free space or use another folder"):
         get(server.url + "/file", tmp_path / ".b.part" / "a" / "file")
     if os.path.exists("/dev/full"):
         (tmp_path / ".file.part").symlink_to("/dev/full")
-        with pytest.raises(UserError, match="/file: No space left on device; make room"):
+        with pytest.raises(UserError, match="/file: No space left on device; free space"):
             get(server.url + "/file", tmp_path / "file")
 
 
 def dribble(handler):
-    for i in range(100_000, 102_000):  # byte after byte, until the client hangs up
+    for i in range(100_000, 102_000):  # one byte at a time, until the client hangs up
         handler.wfile.write(BODY[i : i + 1])
         time.sleep(0.01)
 
@@ -198,7 +198,7 @@ def test_the_first_error_stops_the_others(server, tmp_path):
     for name in names:
         server.files[f"/{name}"], server.plans[f"/{name}"] = BODY, [{"drop": 100_000, "then": dribble}]
     wanted = {tmp_path / name: File(f"{server.url}/{name}", len(BODY)) for name in ["0", "none", *names]}
-    with pytest.raises(UserError, match="/none: the server answers 404"):
+    with pytest.raises(UserError, match="/none: the server answered 404"):
         download_all(wanted, workers=3)
     assert len(server.log) < 10 and all(name.endswith(".part") for name in os.listdir(tmp_path))
 
@@ -274,11 +274,11 @@ def verses(word, ids=IDS):
 
 @pytest.fixture
 def taxi1500(server):
-    """download_taxi1500, from labels and an archive on `server`."""
+    """Return download_taxi1500 for labels and an archive on `server`."""
     listing = [{"type": "dir", "path": "eng_data/x"}]
     for split, ids in SPLITS.items():
         lines = [f"{id}\t{Taxi1500.labels[int(id) % 6]}\tverse {id}" for id in ids]
-        text = "\n".join(lines).encode()  # no newline at the end
+        text = "\n".join(lines).encode()  # without a final newline
         server.files[f"/raw/{split}"] = text
         file = {"type": "file", "path": f"eng_data/eng_{split}.tsv", "size": len(text), "sha": git_sha(text)}
         listing.append(file | {"download_url": f"{server.url}/raw/{split}"})
@@ -310,7 +310,7 @@ def test_taxi1500(server, taxi1500, tmp_path, capsys):
     why = left_out.pop("yyy-x-bible.txt")
     assert why.startswith("Taxi1500-c/yyy-x-bible.txt: line 1001 begins with 'no verse', expected")
     why = left_out.pop("Bible.txt")
-    assert why.startswith("Taxi1500-c/Bible.txt: its language is not to be found; let the file's name")
+    assert why.startswith("Taxi1500-c/Bible.txt: found no language; begin the file's name")
     assert left_out == {"xxx_Latn": "it has 800 labelled verses, fewer than 900"}
     task = Taxi1500(tmp_path)
     swahili, hebrew = task.rows("swh_Latn", "test"), task.rows("heb_Hebr", "test")
@@ -330,7 +330,7 @@ def test_taxi1500_of_some_languages(server, taxi1500, tmp_path):
         taxi1500(tmp_path / "d", ["swh_Arab"])
     few = {"xxx_Latn": "it has 800 labelled verses, fewer than 900"}
     assert taxi1500(tmp_path / "d", ["xxx_Latn"]) == ([], few)
-    assert os.listdir(tmp_path / "d") == [".Bibles.zip"]  # a build that failed does not cost the download
+    assert os.listdir(tmp_path / "d") == [".Bibles.zip"]  # a failed build keeps the download
     assert taxi1500(tmp_path / "d", ["heb_Hebr"])[0] == ["heb_Hebr"] == os.listdir(tmp_path / "d")
     assert ranges(server, "/Bibles.zip") == [None] * 2
 
@@ -341,10 +341,10 @@ def test_taxi1500_from_a_damaged_source(server, taxi1500, tmp_path):
     flipped = whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
     for damaged in (flipped, b"<html>no archive</html>", whole[:-2000]):
         server.files["/Bibles.zip"] = damaged
-        message = r"\.Bibles\.zip: damaged \(.*\) and deleted; give the command again"
+        message = r"\.Bibles\.zip: was damaged \(.*\) and has been deleted; run the command again"
         with pytest.raises(UserError, match=message):
             taxi1500(tmp_path)
         assert os.listdir(tmp_path) == []
     server.files[LISTING] = json.dumps(json.loads(server.files[LISTING])[:3]).encode()
-    with pytest.raises(UserError, match=r"contents/eng_data: there is no eng_test.tsv; see in a browser"):
+    with pytest.raises(UserError, match=r"contents/eng_data: found no eng_test.tsv; look in a browser"):
         taxi1500(tmp_path)

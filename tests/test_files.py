@@ -1,4 +1,4 @@
-"""mala.storage.files and mala.storage.weights: safe writing, shards, what a full disk does."""
+"""Test mala.storage.files and mala.storage.weights: safe writing, shards, and a full disk."""
 
 import json
 import random
@@ -68,7 +68,7 @@ def test_saving_again_leaves_no_stale_shard(tmp_path):
     assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), model(tokens))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of a file as Linux does")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits file sizes as Linux does")
 @given(seed=st.integers(0, 10**9), count=st.integers(0, 30))
 @settings(deadline=None, max_examples=30)
 def test_a_file_has_the_bytes_that_safetensors_writes(seed, count, tmp_path_factory):
@@ -93,7 +93,7 @@ def test_tensors_that_share_memory_or_lie_across_it_are_written_each(tmp_path):
 
 
 def test_a_disk_that_is_full_is_one_sentence_and_leaves_nothing(tmp_path):
-    """A limit on the size of files stands in for it: the write fails in the same place."""
+    """A limit on file sizes stands in for a full disk: the write fails in the same place."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
     code = f"""if True:
         import signal, torch

@@ -1,6 +1,6 @@
-"""mala.generate.
+"""Test mala.generate.
 
-Greedy decoding against transformers, sampling against its distribution, and as a user types it.
+Compare greedy decoding with transformers and sampling with its distribution, and run the command.
 """
 
 import runpy
@@ -41,7 +41,7 @@ def test_the_likeliest_tokens_are_transformers():
 
 @pytest.mark.parametrize("eos", [None, 7, [7, 9]])
 def test_it_ends_at_the_next_document_too(eos):
-    """Packed as `<s> document <s> document`, a model says `<s>` at the end: transformers, told so, is the oracle."""
+    """A model trained on packed documents ends each with the next `<s>`. transformers stops at the same tokens."""
     config = tiny_config(vocab_size=30, initializer_range=0.3, bos_token_id=1, eos_token_id=eos)
     model = Llama(config)
     init_weights(model, 2)
@@ -49,7 +49,7 @@ def test_it_ends_at_the_next_document_too(eos):
     reference.load_state_dict(model.state_dict())
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
     lengths = set()
-    for bos in range(30):  # every token takes the part of `<s>`
+    for bos in range(30):  # let every token act as `<s>`
         for prompt in ([1, 5], [1, 11, 3], [1, 20]):
             ours = list(generate(model, prompt, 20, temperature=0, ends=[bos]))
             ends = [bos, *eos]
@@ -61,7 +61,7 @@ def test_it_ends_at_the_next_document_too(eos):
 
 
 def test_a_user_sees_the_first_document_alone(monkeypatch, capsys):
-    """The command takes the tokenizer's own `<s>`."""
+    """The command stops at the tokenizer's own `<s>`."""
     drawn = iter([*TOKENIZER.encode(" and so"), TOKENIZER.bos_id, *TOKENIZER.encode(" another")])
     monkeypatch.setattr("mala.generate.draw", lambda *_: next(drawn))
     monkeypatch.setattr(sys, "argv", ["mala.generate", "--prompt", "One", "--model", str(TINY)])
@@ -77,7 +77,7 @@ def test_it_ends_where_the_text_ends_and_refuses_what_does_not_fit():
     model.config.eos_token_id = [29, whole[3]]
     assert list(generate(model, [1, 5], 30, seed=3)) == whole[: whole.index(whole[3])]
     with pytest.raises(
-        UserError, match="a prompt of 40 tokens and 25 new ones are more than the model's context of 64"
+        UserError, match="a prompt of 40 tokens and 25 new tokens exceed the model's context of 64"
     ):
         next(generate(model, [1] * 40, 25))
 
@@ -113,7 +113,7 @@ def test_as_a_user_types_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*args):
-        sys.modules.pop("mala.generate", None)  # or runpy warns
+        sys.modules.pop("mala.generate", None)  # otherwise runpy warns
         with patch.object(sys, "argv", ["mala.generate", *args]):
             runpy.run_module("mala.generate", run_name="__main__")
         return capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_as_a_user_types_it(tmp_path, monkeypatch, capsys):
     for option, value, sentence in [
         ("--top-p", "0", "top_p 0.0; expected"),
         ("--model", "nowhere", "nowhere/config.json: there is no"),
-        ("--max-tokens", "600", "more than the model's context of 512"),
+        ("--max-tokens", "600", "exceed the model's context of 512"),
     ]:
         with pytest.raises(SystemExit, match=sentence):
             run(option, value)

@@ -1,5 +1,5 @@
-"""tools.get_benchmark build-taxi1500, tools.bible: labels joined to Bible editions by verse id; and, from a
-server here, the further benchmarks."""
+"""Tests of tools.get_benchmark and tools.bible: Taxi1500 built from labels and Bible editions, and the
+other benchmarks downloaded from a local server."""
 
 import functools
 import gzip
@@ -70,13 +70,13 @@ def edition(folder, name, text):
 
 
 def read(out):
-    """{file: text} of all that lies in `out`."""
+    """Return {file: text} of everything in `out`."""
     files = [path for path in sorted(out.rglob("*")) if path.is_file()]
     return {str(file.relative_to(out)): file.read_bytes().decode() for file in files}
 
 
 def plain_build(english, editions, min_verses):
-    """The same in the plainest way: {file: text}, of editions {language: {id: text}}."""
+    """Build Taxi1500 in the plainest way. Return {file: text}. editions: {language: {id: text}}."""
     files = {}
     for language, verses in editions.items():
         texts = {id: text.replace("\t", " ") for id, text in verses.items() if text.strip()}
@@ -113,12 +113,12 @@ def test_as_a_plain_implementation(order, ends, editions, min_verses):
         written, left_out = build_taxi1500(labels, files, folder / "out", min_verses)
         assert read(folder / "out") == expected
         assert written == sorted({name.split("/")[0] for name in expected})
-        assert {name[:8] for name in left_out} | set(written) == set(editions)  # none is lost without a word
+        assert {name[:8] for name in left_out} | set(written) == set(editions)  # all are reported
 
 
 @needs_shared
 def test_the_published_rows_come_back(tmp_path):
-    """26 languages as verses files in Bible order, named by language alone: the same files, byte for byte."""
+    """Rebuild 26 languages from verse files in Bible order that name only the language: equal to the byte."""
     source, files = SHARED / "taxi1500", []
     for folder in sorted(path for path in source.iterdir() if path.name != "eng_Latn"):
         texts = [(folder / f"{folder.name}_{split}.tsv").read_text() for split in SPLITS]
@@ -142,7 +142,7 @@ def test_the_published_rows_come_back(tmp_path):
 
 @needs_shared
 def test_scripts_of_real_texts():
-    """The Universal Declaration in about 280 languages: letters tell the script that the name tells."""
+    """In about 280 languages of the Universal Declaration, the letters tell the script in the file's name."""
     files = sorted((SHARED / "udhr").glob("???_????.txt"))
     assert len(files) > 250
     for file in files:
@@ -159,7 +159,7 @@ def test_where_the_labels_lie(tmp_path, file):
 
 
 def test_forms_of_an_edition(tmp_path, labels):
-    """BOM, CRLF, gzip, header, blank lines, verses commented out or absent, tabs, no last newline."""
+    """Read BOM, CRLF, gzip, header, blank lines, verses commented out or absent, tabs, no last newline."""
     plain = WHOLE.replace("verse 41001007", "a  b ").replace("41001009\tverse 41001009\n", "")
     header = "\ufeff# closest ISO 639-3:    ccc\n#41001009\tcommented\n\n"
     odd = header + plain.replace("a  b ", "a\t\tb\t") + "41001008\n"
@@ -234,17 +234,9 @@ def test_which_language():
 @pytest.mark.parametrize(
     "name, texts, message",
     [
-        (
-            "swahili.txt",
-            ["abc"],
-            "its language is not to be found; let the file's name begin with it, as in swh_Latn.txt",
-        ),
-        (
-            "swh.txt",
-            ["1 2 3"],
-            "its script is not to be found; let the file's name tell it, as in swh_Latn.txt",
-        ),
-        ("akk.txt", ["𒀀𒀁𒀂 a"], "its script is not to be found"),
+        ("swahili.txt", ["abc"], "found no language; begin the file's name with it, as in swh_Latn.txt"),
+        ("swh.txt", ["1 2 3"], "found no script; add it to the file's name, as in swh_Latn.txt"),
+        ("akk.txt", ["𒀀𒀁𒀂 a"], "found no script"),
     ],
 )
 def test_language_not_to_be_found(name, texts, message):
@@ -350,7 +342,7 @@ def test_command_line(tmp_path, labels, monkeypatch, capsys):
 
 
 def serve(server, bench, tmp_path):
-    """Put the Swahili rows of tests/test_tasks.py on the server, where the benchmark's own lie."""
+    """Put the Swahili rows of tests/test_tasks.py on the server, at the address of the published file."""
     owner, folder = SOURCES[bench]
     path = folder + FILES[bench].removeprefix("data/")
     write_rows(tmp_path / "published", bench, file=path)
@@ -381,7 +373,7 @@ def test_further_benchmarks(bench, server, tmp_path, monkeypatch, capsys):
     *left_out, wrote, evaluate = capsys.readouterr().out.splitlines()
     assert wrote == f"data/{bench}: wrote 1 languages: swh_Latn"
     assert evaluate == f"evaluate: python evaluate.py --bench {bench}"
-    # All the languages that are not on this server:
+    # All languages that are missing on this server are reported:
     assert len(left_out) == max(0, len(ALL_TASKS[bench].names) - 1)
     task = ALL_TASKS[bench](tmp_path / "data" / bench)
     assert task.languages() == ["swh_Latn"] and len(task.rows("swh_Latn", "test")) == len(ROWS[bench])
@@ -408,14 +400,14 @@ def test_flores(server, tmp_path, monkeypatch):
     assert download(tmp_path / "all") == (sorted(SENTENCES), {})
     text = (tmp_path / "all/flores200_dataset/devtest/swh_Latn.devtest").read_text()
     assert text.splitlines() == SENTENCES["swh_Latn"]
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 6  # nothing beside them
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 6  # nothing else
     assert download(tmp_path / "one", ["amh_Ethi"]) == (["amh_Ethi"], {})
     names = sorted(path.name for path in (tmp_path / "one").rglob("*Ethi.dev*"))
     assert names == ["amh_Ethi.dev", "amh_Ethi.devtest"]
     with pytest.raises(UserError, match="there is no language 'xyz_Latn'; it holds amh_Ethi"):
         download(tmp_path / "none", ["xyz_Latn"])
     monkeypatch.setattr(get_benchmark, "FLORES_FILE", (len(body), "0" * 64))
-    with pytest.raises(UserError, match="has the checksum .*; it is deleted"):
+    with pytest.raises(UserError, match="has the checksum .*; it has been deleted"):
         download(tmp_path / "other")
 
 
@@ -436,5 +428,5 @@ def test_bibles_that_are_free(server, tmp_path):
     assert text.rstrip("\n") == "# year: 1900\n40001001\tKitabu\n40001002\tIbrahimu"
     assert download(tmp_path / "one", ["amh_Ethi"]) == (["amh_Ethi"], {})
     server.files["/Bibles.zip"] = b"<html>"
-    with pytest.raises(UserError, match=r"\.Bibles\.zip: damaged \(.*\) and deleted; give the command again"):
+    with pytest.raises(UserError, match=r"\.Bibles\.zip: was damaged \(.*\) and has been deleted; run the"):
         download(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Starts the tests of on_gpu.py in a process that sees the GPU, which all other tests do not (conftest.py)."""
+"""Run on_gpu.py in a process that sees the GPU. conftest.py hides the GPU from all other tests."""
 
 import os
 import subprocess
@@ -9,11 +9,11 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="there is no NVIDIA GPU here")
+@pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="this machine has no NVIDIA GPU")
 def test_on_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     environment |= {"MALA_GPU": "cuda"}
-    if "MALA_VISIBLE_DEVICES" in os.environ:  # as it was before conftest.py
+    if "MALA_VISIBLE_DEVICES" in os.environ:  # its value before conftest.py hid the GPU
         environment["CUDA_VISIBLE_DEVICES"] = os.environ["MALA_VISIBLE_DEVICES"]
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""The house itself: imports run downward, files stay short, one way to fail and one way to write."""
+"""Test the rules of the code: imports run downward, files are short, one way to fail and one to write."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ names = [name_of(file) for file in FILES]
 
 
 def house_map() -> list[list[str]]:
-    """The rows of the map in README.md, "The house", from the top: the files that each names."""
+    """Return the rows of the map in README.md ("The house"), from the top, each as the list of its files."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = text.split("\n## The house: a map of the code\n")[1].split("\n\n")[0]
     rows = [re.findall(r"[\w/]+\.py", line) for line in block.splitlines()]
@@ -31,18 +31,18 @@ def house_map() -> list[list[str]]:
 
 
 def is_main_guard(node: ast.AST) -> bool:
-    """`if __name__ == "__main__":`, whose block runs only when the file is a command."""
+    """Return whether a node is `if __name__ == "__main__":`. Its block runs only if the file is a command."""
     return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
 
 
 def imports(node: ast.AST) -> set[str]:
-    """The dotted names that are imported anywhere below `node`, but for a main guard's."""
+    """Return the dotted names that are imported anywhere below `node`, except in a main guard."""
     found = set()
     for child in ast.iter_child_nodes(node):
         if is_main_guard(child):
             continue
         if isinstance(child, ast.ImportFrom):
-            assert not child.level, "an import from `.` hides what is imported"
+            assert not child.level, "an import from `.` hides what it imports"
             found |= {child.module, *(f"{child.module}.{alias.name}" for alias in child.names)}
         elif isinstance(child, ast.Import):
             found |= {alias.name for alias in child.names}
@@ -61,11 +61,11 @@ def test_the_map_shows_every_file_once():
 
 @pytest.mark.parametrize("file", [*TOOLS, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=name_of)
 def test_what_is_imported_is_there(file):
-    """In scripts that no test runs, too."""
+    """Check this also in scripts that no test runs."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("mala", "tools")):
             module = importlib.import_module(node.module)
-            for alias in node.names:  # a submodule is an attribute only when something has imported it
+            for alias in node.names:  # a submodule is an attribute only after some import of it
                 name = f"{node.module}.{alias.name}"
                 assert hasattr(module, alias.name) or importlib.util.find_spec(name), name
 
@@ -76,12 +76,12 @@ def test_imports_run_downward(file):
     own = name_of(file)
     imported = {f"{module.replace('.', '/')}.py" for module in imports(parse(file))} & set(names)
     upward = {name for name in imported if level[name] <= level[own]}
-    assert not upward, f"{own} imports {upward}, which the map does not show below it"
+    assert not upward, f"{own} imports {upward}, but the map does not show that below it"
 
 
 @pytest.mark.parametrize("file", FILES, ids=names)
 def test_the_package_stands_without_tools(file):
-    """Command lines, downloads, pictures: the scripts import them, a file of the package as a command only."""
+    """Only the scripts import tools. A file of the package may do so only when it runs as a command."""
     for module in imports(parse(file)):
         if module.split(".")[0] == "tools":
             assert file in SCRIPTS, f"{name_of(file)} imports {module}"
@@ -101,10 +101,11 @@ def test_the_package_is_small():
     texts = [file.read_text(encoding="utf-8") for file in [*PACKAGE, *SCRIPTS]]
     assert sum(text.count("# fmt: skip") for text in texts) < 15
     assert sum(len(text.splitlines()) for text in texts) <= 5500
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def calls(file: Path) -> list[tuple[int, str, ast.Call]]:
-    """(line, what is called, the call) of a file: `torch.load`, `open`, `write_text` …"""
+    """Return (line, name, call) for each call in a file: `torch.load`, `open`, `write_text`, …"""
     found = [node for node in ast.walk(parse(file)) if isinstance(node, ast.Call)]
     return [(node.lineno, ast.unparse(node.func), node) for node in found]
 
@@ -113,8 +114,8 @@ ENDS = {
     "sys.exit": "mala/cli.py",
     "exit": "mala/cli.py",
     "os._exit": "mala/data.py",
-}  # the latter: a worker process
-WRITERS = (  # safe files; metrics.jsonl, line by line; a download's part
+}  # os._exit ends a worker process
+WRITERS = (  # safe files; metrics.jsonl, line by line; parts of downloads
     "mala/storage/files.py",
     "tools/run_log.py",
     "tools/fetch.py",
@@ -127,13 +128,13 @@ def test_there_is_one_way_to_fail_and_one_way_to_write(file):
         place = f"{name_of(file)}:{line}"
         if called in ENDS:
             may = name_of(file) == ENDS[called]
-            assert may, f"{place}: a user's mistake is a UserError; only mala/cli.py ends the program"
+            assert may, f"{place}: raise UserError for a user's mistake; only mala/cli.py ends the program"
         if called == "open":
             mode = (
                 call.args[1].value if len(call.args) > 1 and isinstance(call.args[1], ast.Constant) else "r"
             )
             may = mode in ("r", "rb") or name_of(file) in WRITERS
-            assert may, f"{place}: write through atomic_file of mala/storage/files.py"
+            assert may, f"{place}: write with atomic_file of mala/storage/files.py"
         if called.endswith(("torch.load", "pickle.load", "pickle.loads", "np.load")):
             safe = any(
                 keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True"

@@ -1,4 +1,4 @@
-"""mala.lora and mala.storage.peft_adapter against PEFT."""
+"""Compare mala.lora and mala.storage.peft_adapter with PEFT."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ MALA = LoRAConfig(r=8, lora_alpha=32, lora_dropout=0.0)
 
 
 def checkpoint(folder, **changes):
-    """A random checkpoint on disk."""
+    """Write a random checkpoint and return its folder."""
     model = Llama(tiny_config(**changes))
     init_weights(model, 0)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def peft_model(base, config: LoRAConfig = MALA, **changes):
 
 
 def train(model, tokens, steps=5, lr=1e-2, share=None):
-    """A few steps, so that B is not zero; with share=1 as train.py makes them. Returns the losses."""
+    """Train a few steps, so that B is not zero, and return the losses. share=1 trains as train.py does."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     for step in range(steps):
@@ -104,7 +104,7 @@ def test_the_file_holds_the_keys_and_shapes_that_peft_writes(base, tokens, tmp_p
 
 
 def copy_start(model, reference):
-    """Start A where PEFT's starts; returns our and its trained parameters in pairs."""
+    """Start A where PEFT's starts. Return pairs of our trained parameters and PEFT's."""
     theirs = {name: p for name, p in reference.named_parameters() if p.requires_grad}
     pairs = []
     for name, parameter in trainable_parameters(model).items():
@@ -120,7 +120,7 @@ def copy_start(model, reference):
 
 
 def test_training_is_pefts_training(base, tokens):
-    """The same start, batches and optimiser: every loss, and what comes out."""
+    """With the same start, batches and optimiser, every loss and the trained parameters are equal."""
     model, reference = Llama.from_pretrained(base), peft_model(base)
     add_lora(model, MALA)
     pairs = copy_start(model, reference)
@@ -131,10 +131,7 @@ def test_training_is_pefts_training(base, tokens):
 
 
 def test_dropout_has_pefts_distribution(base, tokens):
-    """One layer, one input, many draws.
-
-    Mean and covariance of the output, and the share of an input that is dropped.
-    """
+    """Draw often from one layer with one input, and compare mean and covariance of the output."""
     config = LoRAConfig(lora_dropout=0.3, modules_to_save=())
     model, reference = Llama.from_pretrained(base), peft_model(base, config)
     add_lora(model, config)
@@ -150,9 +147,8 @@ def test_dropout_has_pefts_distribution(base, tokens):
         a, b = ours(x).double(), theirs(x).double()
     scale = a.std(0) / 20_000**0.5
     assert ((a.mean(0) - b.mean(0)).abs() < 6 * scale).all()
-    assert (
-        (a.mean(0) - ours.eval()(x[:1]).double()).abs() < 6 * scale
-    ).all()  # dropout leaves the mean as it is
+    # Dropout does not change the mean.
+    assert ((a.mean(0) - ours.eval()(x[:1]).double()).abs() < 6 * scale).all()
     assert (torch.cov(a.T) - torch.cov(b.T)).norm() < 0.05 * torch.cov(b.T).norm()
     assert not torch.equal(a, b)
 
@@ -202,7 +198,7 @@ def test_merge(dtype, base, tokens, tmp_path):
         model.save_pretrained(tmp_path / "merged")
         reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         assert (reference(tokens).logits - expected).abs().max() < 1e-4
-    else:  # one rounding of the exact sum
+    else:  # the exact sum is rounded once
         exact = adapted.weight.double() + 4 * adapted.lora_B.double() @ adapted.lora_A.double()
         assert ((layer.weight.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
 
@@ -245,10 +241,7 @@ def test_the_command_merge_writes_a_plain_checkpoint(dtype, base, tokens, tmp_pa
 
 
 def test_the_published_adapter_stands_on_a_base_of_the_old_vocabulary(tmp_path):
-    """MaLA-500's files, narrower.
-
-    Its adapter_config.json, tensors of its shapes, 260,164 rows over a base of 32,000.
-    """
+    """Load MaLA-500's adapter_config.json with narrower tensors: 260,164 rows over a base of 32,000."""
     model = Llama(
         tiny_config(
             vocab_size=32_000,
@@ -290,9 +283,9 @@ def test_the_published_adapter_stands_on_a_base_of_the_old_vocabulary(tmp_path):
 
 
 def test_the_share_that_trains_is_mala500s():
-    """LLaMA 2 7B with 260,164 words: 2.1 billion train.
+    """LLaMA 2 7B with 260,164 pieces trains 2.1 billion of 10.7 billion parameters.
 
-    Of 10.7 billion, as PEFT counts the frozen copies, too.
+    That is PEFT's count, which includes frozen copies.
     """
     with torch.device("meta"):
         model = Llama(LlamaConfig(260_164, 4096, 11008, 32, 32))
@@ -374,7 +367,7 @@ def test_every_kind_of_adapter_goes_both_ways(kind, base, tokens, tmp_path):
 @pytest.mark.parametrize("layers, pattern", [(1, None), (0, "layers"), ([1], ["h", "layers"]), ([], "layers"),
                                              ([0], ""), ([0, 1], []), ([1], "model.layers")])  # fmt: skip
 def test_the_blocks_are_those_that_peft_takes(layers, pattern, base, tokens, tmp_path):
-    """With the number or the pattern alone, as PEFT also spells a list of one."""
+    """PEFT also accepts a single number or pattern instead of a list."""
     changes = dict(layers_to_transform=layers, layers_pattern=pattern, exclude_modules=["0.mlp.up_proj"])
     reference = peft_model(base, LoRAConfig(lora_dropout=0.0, target_modules=EVERY), **changes)
     train(reference, tokens)
@@ -429,7 +422,8 @@ def test_all_that_peft_has_called_its_tensors(spelling, file, base, tokens, tmp_
     (tmp_path / "adapter_model.safetensors").unlink()
     renamed = {RENAMED[spelling](name): tensor for name, tensor in tensors.items()}
     assert len(renamed) == len(tensors)
-    for name in ("model.embed_tokens", "lm_head"):  # as they were before training, as some versions kept them
+    # Some versions of PEFT also saved the weights from before training.
+    for name in ("model.embed_tokens", "lm_head"):
         renamed[f"base_model.model.{name}.original_module.weight"] = torch.zeros(100, 32)
     save = save_file if file.endswith("safetensors") else torch.save
     save(renamed, tmp_path / file)
@@ -439,7 +433,7 @@ def test_all_that_peft_has_called_its_tensors(spelling, file, base, tokens, tmp_
 
 
 def test_embeddings_that_an_adapter_holds_but_does_not_train(base, tokens, tmp_path):
-    """PEFT saves them where the vocabulary was resized, though modules_to_save does not name them."""
+    """PEFT saves them if the vocabulary was resized, even if modules_to_save does not name them."""
     reference = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     reference.resize_token_embeddings(130)
     reference = peft.get_peft_model(
@@ -475,7 +469,7 @@ def test_a_tied_model_that_peft_untied_has_two_matrices_here(whole, tmp_path, to
 @pytest.mark.parametrize("whole", [["embed_tokens", "lm_head"], ["lm_head"], ["embed_tokens"], []])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_what_peft_ties_is_one_matrix_here(is_tied, whole, save_embedding_layers, tmp_path, tokens):
-    """Its `ensure_weight_tying`: the file names embed_tokens alone, and holds both, which are equal."""
+    """With PEFT's `ensure_weight_tying` the config names only embed_tokens, but the file holds both, equal."""
     model = Llama(tiny_config(tie_word_embeddings=is_tied))
     init_weights(model, 0)
     model.save_pretrained(tmp_path / "base")
@@ -491,7 +485,7 @@ def test_what_peft_ties_is_one_matrix_here(is_tied, whole, save_embedding_layers
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     again = peft.PeftModel.from_pretrained(again, tmp_path / "ours")
     assert (again(tokens).logits - expected).abs().max() < 1e-4
-    train(model.train(), tokens)  # further: one matrix stays one
+    train(model.train(), tokens)  # when training goes on, one matrix stays one
     assert (model.lm_head.weight is model.model["embed_tokens"].weight) == is_tied
     merge_lora(model)
     again = Llama.from_pretrained(tmp_path / "base")
@@ -549,14 +543,14 @@ BAD = {
     "alpha": (dict(config={"lora_alpha": "32"}), r"adapter_config\.json: lora_alpha is '32'"),
     "names": (dict(config={"target_modules": ["q_proj", 3]}), r"adapter_config\.json: target_modules"),
     "pissa": (dict(config={"init_lora_weights": "pissa"}), r"init_lora_weights is 'pissa'"),
-    "head": (dict(config={"target_modules": ["lm_head"]}), r"target_modules, \('lm_head',\), matches no layer"),
-    "head as LoRA": (dict(config={"target_modules": ["lm_head"], "modules_to_save": []}), r"matches lm_head, expected only"),
+    "head": (dict(config={"target_modules": ["lm_head"]}), r"target_modules is \('lm_head',\), which matches no layer"),
+    "head as LoRA": (dict(config={"target_modules": ["lm_head"], "modules_to_save": []}), r"matches lm_head; expected only"),
     "whole": (dict(config={"modules_to_save": ["down_proj"]}), r"modules_to_save names 'down_proj'"),
     "kind": (dict(config={"peft_type": "IA3"}), r"peft_type is 'IA3'"),
     "trained bias": (dict(config={"bias": "all"}, tensors=lambda t: t.update({A0[:-13] + "bias": torch.ones(32)})),
                      r"there is an extra 'base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.bias'"),
     "variant": (dict(config={"kasa_config": {}}), r"kasa_config is \{\}, which is not implemented"),
-    "module": (dict(config={"target_modules": ["query"]}), r"target_modules names 'query', expected some of"),
+    "module": (dict(config={"target_modules": ["query"]}), r"target_modules names 'query', expected layers such as"),
     "nan": (dict(tensors=lambda t: t[A0].view(-1)[3:4].fill_(float("nan"))), r"q_proj\.lora_A\.weight holds NaN or infinity"),
     "infinite": (dict(tensors=lambda t: t["base_model.model.lm_head.weight"][5].fill_(float("inf"))), r"lm_head\.weight holds"),
     "integers": (dict(tensors=lambda t: t.update({A0: torch.ones(8, 32).int()})), r"torch\.int32 \(8, 32\), expected floating"),
@@ -565,23 +559,23 @@ BAD = {
     "no rank": (dict(config={"r": None}), r"there is no 'r'"),
     "huge rank": (dict(config={"r": 10**30}), r"the LoRA rank r is 1000.*, expected a whole number from 1 to 65,536"),
     "huge alpha": (dict(config={"lora_alpha": 10**400}), r"lora_alpha is 1000"),
-    "flags within": (dict(config={"rank_pattern": {"(?i)Q_PROJ": 4}}), r"is no regular expression"),
-    "no expression": (dict(config={"target_modules": "q_proj("}), r"adapter_config\.json: 'q_proj\(' is no regular expression"),
-    "no match": (dict(config={"target_modules": "query_.*"}), r"target_modules, 'query_\.\*', matches no layer"),
-    "head by match": (dict(config={"target_modules": ".*", "modules_to_save": []}), r"matches model\.embed_tokens, expected"),
+    "flags within": (dict(config={"rank_pattern": {"(?i)Q_PROJ": 4}}), r"is not a valid regular expression"),
+    "no expression": (dict(config={"target_modules": "q_proj("}), r"adapter_config\.json: 'q_proj\(' is not a valid regular expression"),
+    "no match": (dict(config={"target_modules": "query_.*"}), r"target_modules is 'query_\.\*', which matches no layer"),
+    "head by match": (dict(config={"target_modules": ".*", "modules_to_save": []}), r"matches model\.embed_tokens; expected"),
     "future": (dict(config={"use_new_trick": True}), r"use_new_trick is True, which is not implemented"),
     "layers": (dict(config={"layers_to_transform": [1]}), r"there is an extra '.*layers\.0\.self_attn\.q_proj\.lora_A"),
     "excluded": (dict(config={"exclude_modules": ["v_proj"]}), r"there is an extra '.*v_proj\.lora_A"),
-    "no block": (dict(config={"layers_to_transform": 2}), r"matches no layer that layers_to_transform and exclude_modules leave"),
-    "negative block": (dict(config={"layers_to_transform": [0, -1]}), r"layers_to_transform is \(0, -1\), expected numbers of"),
-    "true block": (dict(config={"layers_to_transform": True}), r"layers_to_transform is \(True,\), expected numbers of layers"),
+    "no block": (dict(config={"layers_to_transform": 2}), r"matches no layer that layers_to_transform and exclude_modules allow"),
+    "negative block": (dict(config={"layers_to_transform": [0, -1]}), r"layers_to_transform is \(0, -1\), expected layer numbers"),
+    "true block": (dict(config={"layers_to_transform": True}), r"layers_to_transform is \(True,\), expected layer numbers"),
     "blocks as text": (dict(config={"layers_to_transform": "1"}), r"layers_to_transform is '1', expected a list or int"),
     "blocks of an expression": (dict(config={"layers_to_transform": [1], "target_modules": ".*q_proj"}),
                                 r"layers_to_transform is \(1,\), layers_pattern None, target_modules '\.\*q_proj'; expected"),
-    "pattern alone": (dict(config={"layers_pattern": "layers"}), r"layers_pattern \('layers',\).*; expected numbers of layers"),
-    "no part": (dict(config={"layers_to_transform": 1, "layers_pattern": "(h"}), r"is no regular expression"),
-    "all excluded": (dict(config={"exclude_modules": "(.*_proj"}), r"'\(\.\*_proj' is no regular expression"),
-    "none left": (dict(config={"exclude_modules": ".*_proj"}), r"no layer that layers_to_transform and exclude_modules leave"),
+    "pattern alone": (dict(config={"layers_pattern": "layers"}), r"layers_pattern \('layers',\).*; expected layer numbers"),
+    "no part": (dict(config={"layers_to_transform": 1, "layers_pattern": "(h"}), r"is not a valid regular expression"),
+    "all excluded": (dict(config={"exclude_modules": "(.*_proj"}), r"'\(\.\*_proj' is not a valid regular expression"),
+    "none left": (dict(config={"exclude_modules": ".*_proj"}), r"no layer that layers_to_transform and exclude_modules allow"),
     "pattern": (dict(config={"rank_pattern": {"q_proj": 0}}), r"the LoRA rank r is 0"),
     "patterns": (dict(config={"alpha_pattern": ["q_proj"]}), r"alpha_pattern is \['q_proj'\], expected a dict"),
     "pattern's rank": (dict(config={"rank_pattern": {"q_proj": 4}}), r"\(8, 32\), expected floating point \(4, 32\)"),
@@ -606,7 +600,7 @@ def test_a_wrong_adapter_is_one_sentence_and_leaves_the_model_as_it_was(case, ba
 
 
 def test_what_was_loaded_is_what_is_saved(base, tokens, tmp_path):
-    """The embeddings, too, that an adapter brought and does not train."""
+    """That includes embeddings that the adapter has brought but does not train."""
     reference = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     reference.resize_token_embeddings(130)
     reference = peft.get_peft_model(reference, peft.LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj"]))
@@ -627,9 +621,11 @@ def test_merging_twice_and_saving_what_is_merged_are_refused(base, tokens, tmp_p
     merge_lora(model)
     with pytest.raises(UserError, match="no adapter to merge"):
         merge_lora(model)
-    with pytest.raises(UserError, match="no adapter to save; a merged one is part of the model's weights"):
+    with pytest.raises(
+        UserError, match="no adapter to save; a merged adapter is part of the model's weights"
+    ):
         save_adapter(model, tmp_path / "adapter")
-    add_lora(model, MALA)  # a further one may follow
+    add_lora(model, MALA)  # after a merge another adapter may follow
     save_adapter(model, tmp_path / "adapter")
 
 
@@ -653,7 +649,9 @@ def test_merge_brings_the_bases_files_and_wants_a_tokenizer_for_more_words(base,
     ):
         merge_checkpoint(base, tmp_path / "adapter130", tmp_path / "long")
     (tmp_path / "adapter130/tokenizer.model").write_bytes(b"new words")
-    with pytest.raises(UserError, match=r"adapter130/tokenizer.model: truncated or no SentencePiece model"):
+    with pytest.raises(
+        UserError, match=r"adapter130/tokenizer.model: truncated or not a SentencePiece model"
+    ):
         merge_checkpoint(base, tmp_path / "adapter130", tmp_path / "long")
     (tmp_path / "adapter130/tokenizer.model").unlink()
     (tmp_path / "adapter130/tokenizer.json").write_text('{"new": "words"}')
@@ -685,7 +683,7 @@ def test_a_pickle_that_is_more_than_tensors_is_not_loaded(base, tmp_path):
     torch.save({"x": Trap()}, tmp_path / "trap.bin")
     torch.save([torch.ones(1)], tmp_path / "list.bin")
     contents = [(tmp_path / "trap.bin").read_bytes(), b"", b"text", whole.read_bytes()[:5000]]
-    for content, message in [*((c, "truncated, or it holds more than tensors") for c in contents),
+    for content, message in [*((c, "truncated, or not only tensors") for c in contents),
                              ((tmp_path / "list.bin").read_bytes(), "found a list, expected a dict of tensors")]:  # fmt: skip
         (tmp_path / "adapter_model.bin").write_bytes(content)
         with pytest.raises(UserError, match=rf"adapter_model\.bin: {message}"):

@@ -1,4 +1,4 @@
-"""tools.memory_plan, flops and tools.dry_run against what PyTorch really keeps, allocates and
+"""Test tools.memory_plan, tools.gpus and tools.dry_run against what PyTorch really keeps, allocates and
 multiplies."""
 
 import math
@@ -27,7 +27,7 @@ from tools.memory_plan import Step, block_activations, memory_plan, recomputed_b
 
 
 def planned(config: LlamaConfig, dtype=torch.float32, recomputed=0, device="meta", **lora) -> Llama:
-    """lora: of a LoRAConfig; `train_all=True`: all weights train."""
+    """Return a model with LoRA. lora: fields of LoRAConfig, or `train_all=True` to train all weights."""
     with torch.device(device):
         model = Llama(config).to(dtype)
     if lora.pop("train_all", False):
@@ -43,9 +43,9 @@ def total(rows) -> int:
 
 
 def kept_bytes(model: Llama, batch: int, seq_len: int) -> int:
-    """Bytes of the storages, other than parameters, that the first block keeps for its backward pass.
+    """Return the bytes of the storages, except parameters, that the first block keeps for its backward pass.
 
-    A view of parameters in the compute dtype is none of what grows with the tokens.
+    Parameters do not grow with the number of tokens, and neither do views of them.
     """
     config, kept = model.config, {}
 
@@ -72,13 +72,13 @@ def test_activations_of_a_block_are_what_autograd_keeps(dtype, heads, dropout, t
         hidden_size=64, intermediate_size=176, num_attention_heads=H, num_key_value_heads=K, head_dim=head_dim
     )
     model = planned(config, dtype, device="cpu", lora_dropout=dropout, target_modules=targets)
-    # What does not grow with the tokens, angles and A and B in the compute dtype, falls out of the
-    # difference.
+    # The difference removes what does not grow with the number of tokens: the angles, and A and B in the
+    # compute dtype.
     per_token = (kept_bytes(model, 3, 32) - kept_bytes(model, 1, 32)) / (2 * 32)
     _, found = block_activations(model, 0, Step(32, 1, False))
     if dropout:
         assert found == per_token
-    else:  # what layers share is counted for each of them
+    else:  # an input that layers share is counted for each of them
         assert per_token <= found <= 1.25 * per_token
 
 
@@ -95,11 +95,12 @@ def test_activations_of_a_block_that_trains_whole(dtype):
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_activations_of_a_compiled_block_are_what_the_compiler_keeps(kv_heads, dropout, targets):
-    """What is kept is decided when the graph is cut into forward and backward, before code is made of it."""
+    """The compiler decides what to keep when it splits the graph into forward and backward. A backend that
+    generates no code is therefore enough."""
     config = tiny_config(hidden_size=64, intermediate_size=176, num_key_value_heads=kv_heads)
     lora = {"lora_dropout": dropout, "target_modules": targets} if targets else {"train_all": True}
     model = planned(config, torch.bfloat16, device="cpu", **lora)
-    torch._dynamo.reset()  # it compiles a function at most 8 times
+    torch._dynamo.reset()  # otherwise it compiles a function at most 8 times
     model.model["layers"][0].compile(backend="aot_eager_decomp_partition", dynamic=False)
     per_token = (kept_bytes(model, 3, 32) - kept_bytes(model, 1, 32)) / (2 * 32)
     _, found = block_activations(model, 0, Step(32, 1, False, is_compiled=True))
@@ -109,7 +110,7 @@ def test_activations_of_a_compiled_block_are_what_the_compiler_keeps(kv_heads, d
 def allocated_at_most(
     config, dtype, recomputed, accumulates, batch, seq_len, adamw=torch.optim.AdamW, masked=False, **lora
 ) -> int:
-    """The peak of PyTorch's allocations over two steps of training."""
+    """Return the peak of PyTorch's allocations in two training steps."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         model = planned(config, dtype, recomputed, **lora).to_empty(device="cpu")
         model.tie_weights()
@@ -147,7 +148,7 @@ def allocated_at_most(
 def test_planned_memory_is_what_training_allocates(
     vocab_size, tied, batch, worst, accumulates, dtype, recomputed, monkeypatch
 ):
-    monkeypatch.setattr(cpu, "WEIGHT_ROWS", 256)  # beside so few pieces 4,096 of them would count
+    monkeypatch.setattr(cpu, "WEIGHT_ROWS", 256)  # the default 4,096 would be much for so few pieces
     config = tiny_config(vocab_size=vocab_size, hidden_size=64, intermediate_size=176, num_hidden_layers=3,
                          tie_word_embeddings=tied)  # fmt: skip
     rows = memory_plan(planned(config, dtype, recomputed), Step(32, batch, accumulates))
@@ -199,12 +200,12 @@ def test_flops_are_those_that_pytorch_counts(tied):
     tokens = torch.randint(config.vocab_size, (2, 16))
     with FlopCounterMode(display=False) as counted:
         model(tokens, targets=tokens).backward()
-    # PyTorch does not count the flash attention of a CPU, which is what a block of no tokens leaves out.
+    # PyTorch does not count a CPU's flash attention, and seq_len 0 leaves it out here, too.
     assert flops_per_token(model, 0) * tokens.numel() == counted.get_total_flops()
     attention = flops_per_token(model, 16) - flops_per_token(model, 0)
     assert (
         attention == 3 * 4 * config.num_hidden_layers * 16 * config.hidden_size
-    )  # 3: forward and twice that backward
+    )  # 3: the forward pass, and twice as much for the backward pass
 
 
 def test_only_what_trains_has_the_gradient_of_a_weight():
@@ -228,7 +229,7 @@ RECIPE = Settings(seq_len=4096, batch_size=8, micro_batch_size=1, device="cuda",
 
 
 def on_a_gpu(recomputed: int, **changes) -> int:
-    """Bytes that the plan for MaLA-500's recipe on one GPU counts, without those that PyTorch does not."""
+    """Return the planned bytes of MaLA-500's recipe on one GPU, without those that PyTorch does not count."""
     step = step_of(replace(RECIPE, **changes), 1, "cuda")
     rows = memory_plan(planned(LLAMA2_7B, torch.bfloat16, recomputed), step)
     return sum(size for part, _, size in rows if not part.startswith("CUDA context"))
@@ -236,8 +237,8 @@ def on_a_gpu(recomputed: int, **changes) -> int:
 
 @pytest.mark.parametrize("recomputed, measured", [(32, 59.1e9), (0, 73.5e9)])
 def test_the_plan_is_what_an_h100_showed(recomputed, measured):
-    """PyTorch's own count at commit eb9a2d7 (GPU of 80 GB, LLaMA 2 7B with 260,164 rows). There the loss made
-    a gradient of lm_head beside the one it was added to, and the script held the unused bfloat16 head."""
+    """Compare with PyTorch's own count at commit eb9a2d7 (80 GB GPU, LLaMA 2 7B with 260,164 rows). At that
+    commit the loss held a second gradient of lm_head, and the script held the unused bfloat16 head."""
     gradient, head = 260164 * 4096 * 4, 260164 * 4096 * 2
     assert on_a_gpu(recomputed) + gradient + head == pytest.approx(measured, rel=0.01)
 
@@ -277,8 +278,8 @@ def test_a_plan_names_its_stage_and_says_where_it_fits(capsys):
     print_time(model, 32_768_000, 4096, 1, "NVIDIA H100 80GB HBM3")
     hours = 32_768_000 * flops_per_token(model, 4096) / 494.5e12 / 3600
     printed = capsys.readouterr().out
-    assert printed == f"at half of the peak of NVIDIA H100 80GB HBM3, 989 TFLOP/s: {hours:.2f} hours\n"
-    print_time(model, 32_768_000, 4096, 1, "NVIDIA A10G")  # not known
+    assert printed == f"at half the peak of NVIDIA H100 80GB HBM3 (989 TFLOP/s): {hours:.2f} hours\n"
+    print_time(model, 32_768_000, 4096, 1, "NVIDIA A10G")  # an unknown GPU
     assert not capsys.readouterr().out
 
     print_plan(model, replace(RECIPE, batch_size=16, micro_batch_size=16), 9, World(device="cuda"))
@@ -308,7 +309,7 @@ def test_peak_flops_by_name(name, flops):
 
 
 def test_peak_memory_is_that_of_the_process_alone():
-    """Linux starts ru_maxrss of a child at its parent's peak: an experiment's runs would all show the parent's."""
+    """Linux starts a child's ru_maxrss at its parent's peak. So all runs of an experiment would show that."""
     child = "from tools.run_log import peak_memory; print(peak_memory('cpu'))"
     parent = f"""if True:
         import subprocess, sys

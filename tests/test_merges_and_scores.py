@@ -1,5 +1,7 @@
-"""mala.words.merges_and_scores against SentencePiece's encoder, a naive learner that counts everything anew, and
-transformers."""
+"""Test mala.words.merges_and_scores against SentencePiece's encoder, transformers and a naive learner.
+
+The naive learner counts everything anew before each piece.
+"""
 
 import unicodedata
 from collections import Counter
@@ -23,9 +25,9 @@ DEMO = Corpus(ROOT / "assets/demo/sib200").load("train")
 
 
 def merge_symbols(symbols: list[str], scores: dict[str, float]) -> list[str]:
-    """BPE as SentencePiece encodes.
+    """Encode by BPE as SentencePiece does.
 
-    Again and again merge the neighbours whose union has the highest score, leftmost first.
+    Repeatedly merge the neighbours whose union has the highest score, leftmost first.
     """
     symbols = list(symbols)
     while True:
@@ -40,8 +42,8 @@ def merge_symbols(symbols: list[str], scores: dict[str, float]) -> list[str]:
 
 
 def may_be_a_piece(text: str) -> bool:
-    """At most 16 characters: letters, with the marks on them and the joiners between them, or signs; a digit
-    stands alone, and a word start first."""
+    """Return whether a learner may make this piece: at most 16 characters, either signs, or letters with their
+    marks and joiners. A digit is never merged, and a word start can only come first."""
     kinds = {"L" if c in "\u200c\u200d" else unicodedata.category(c)[0] for c in text.removeprefix("▁")}
     return (
         "▁" not in text[1:]
@@ -52,16 +54,18 @@ def may_be_a_piece(text: str) -> bool:
 
 
 def learn_naively(words: dict[str, int], known: dict[str, float], size: int) -> list[str]:
-    """`learn` as it is defined, which shares no line with it: before each piece every word is
-    segmented from its characters, and the savings of all candidates are counted anew. The next piece is the
-    one that saves the most tokens, of several such the first by text; one that saves fewer than 2 is none."""
+    """Learn by the definition of `learn`, without sharing a line with it.
+
+    Before each piece, segment every word from its characters and count the savings of all candidates anew. The
+    next piece is the one that saves the most tokens; a tie goes to the first by text. It must save at least 2.
+    """
     scores, learnt = dict(known), []
     while len(learnt) < size:
         savings = Counter()
         for word, count in words.items():
             segments = merge_symbols(list(word), scores)
             for symbol in segments:
-                if symbol not in scores:  # spelt in bytes
+                if symbol not in scores:  # spelled in bytes
                     savings[symbol] += (len(symbol.encode()) - 1) * count
             for left, right in zip(segments, segments[1:]):
                 if left in scores and right in scores and may_be_a_piece(left + right):
@@ -83,11 +87,11 @@ unknown = st.text("abcdጤ", min_size=3, max_size=5).filter(lambda text: text no
     dead=st.lists(unknown, unique=True, max_size=4),
     size=st.integers(1, 20),
 )
-@example(texts=["ጤና" * 20] * 2, dead=[], size=60)  # the longest pieces
-@example(texts=["xqaж"] * 2, dead=[], size=3)  # "aж" and "ж" save as much, but only "ж" can be a piece yet
+@example(texts=["ጤና" * 20] * 2, dead=[], size=60)  # pieces of the maximum length
+@example(texts=["xqaж"] * 2, dead=[], size=3)  # "aж" and "ж" save equally, but only "ж" can be a piece yet
 @settings(deadline=None, max_examples=100)
 def test_pieces_are_those_of_the_naive_learner_and_all_can_occur(texts, dead, size):
-    """dead: pieces of the base whose parts are mostly none, so that only a new piece brings them out."""
+    """dead: pieces of the base whose parts are mostly no pieces, so only a new piece makes them reachable."""
     base = Tokenizer(append_pieces(BASE, {piece: -1.0 - i for i, piece in enumerate(dead)}))
     known = base.scores()
     words = Counter("▁" + word for text in texts for word in text.split(" ") if word)
@@ -115,8 +119,8 @@ def test_pieces_are_those_of_the_naive_learner_and_all_can_occur(texts, dead, si
 )
 @settings(deadline=None, max_examples=200)
 def test_merging_one_more_piece_is_merging_anew(text, new):
-    """Unions.merge, which looks only where the piece is, against merge_symbols, which starts from the
-    characters."""
+    """Compare Unions.merge, which looks only at places of the piece, with merge_symbols, which starts from
+    the characters."""
     scores = {character: 0.0 for character in "abcde"} | {"ab": -1.0, "cd": -2.0, "abcd": -3.0}
     symbols = merge_symbols(list(text), scores)
     for number, piece in enumerate(dict.fromkeys(new), 4):
@@ -132,7 +136,7 @@ def test_text_without_spaces_is_learnt_in_fragments():
     line = "，".join(parts * 3) + "。"
     together = continue_merges(BASE, count_words([(line, 2)]), 10)
     assert {"银行", "中国"} <= set(Tokenizer(together).pieces[len(BASE) :])
-    # Beyond MAX_FRAGMENT, in pieces of it.
+    # Words longer than MAX_FRAGMENT are cut into fragments.
     long = learn([(list("ab" * 500), 2)], Unions({"a": 0.0, "b": 0.0}), 5)
     assert long[0] == "ab" and len(long[-1]) == 16
 
@@ -157,7 +161,7 @@ def test_continue_leaves_no_unreachable_piece_and_fewer_tokens_than_the_union():
 
 @needs_shared
 def test_continue_on_the_official_model_gives_transformers_ids(tmp_path):
-    """Unlike a union's: no two pieces share a score, so transformers' list of merges has one order."""
+    """Unlike in a union, no two pieces share a score, so transformers' list of merges has only one order."""
     import transformers
 
     official = Tokenizer.from_pretrained(SHARED / "llama2")
@@ -186,5 +190,5 @@ def test_old_text_keeps_its_ids_where_no_new_piece_is_needed():
 
 
 def test_a_corpus_that_yields_fewer_pieces():
-    with pytest.raises(UserError, match=r"it yields \d+; ask for as many"):
+    with pytest.raises(UserError, match=r"it yields \d+; ask for no more"):
         continue_merges(BASE, count_words([("moja mbili", 3)]), 10_000)

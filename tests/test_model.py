@@ -1,4 +1,4 @@
-"""mala.model against transformers, and its own invariants: cache, sharding, memory, what is refused."""
+"""Compare mala.model with transformers, and test its cache, sharded files, memory and error messages."""
 
 import json
 import subprocess
@@ -21,8 +21,8 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
 
-# Changes to the config that transformers writes; `spelling` 4 rewrites its rotary settings as transformers 4
-# did.
+# Changes to the config that transformers writes. With `spelling` 4 the rotary settings are rewritten as
+# transformers 4 wrote them.
 CONFIGS = {
     "multi-head": dict(num_key_value_heads=4),
     "grouped-query": dict(),
@@ -43,9 +43,9 @@ CONFIGS = {
 
 
 def make_reference(path: Path, spelling: int = 5, shard: str = "5GB", dtype=torch.float32, **changes):
-    """A random transformers LLaMA, saved to `path`. Norms and biases are random too.
+    """Save a random transformers LLaMA to `path` and return it.
 
-    At 1 and 0 they would hide errors.
+    Norms and biases are random, too, because at 1 and 0 they would hide errors.
     """
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -110,7 +110,7 @@ def test_transformers_reads_what_we_write(name, tmp_path, tokens):
 
 
 def test_bfloat16_is_no_farther_from_float32_than_transformers(tmp_path, tokens):
-    """Mean square over all configurations; one configuration alone is a draw of a lottery of roundings."""
+    """Average over all configurations, because a single one has a random share of lucky roundings."""
     ours = theirs = 0.0
     for name, changes in CONFIGS.items():
         reference = make_reference(tmp_path / name, dtype=torch.bfloat16, **changes)
@@ -145,7 +145,7 @@ def test_incremental_passes_agree_with_the_full_one(name, steps, tmp_path, token
         parts = [model(part, cache=cache) for part in tokens.split(steps, dim=1)]
         assert cache.length == 50
         assert (torch.cat(parts, dim=1) - model(tokens)).abs().max() < 1e-4
-        with pytest.raises(ValueError, match="holds 50 tokens, 51"):
+        with pytest.raises(ValueError, match="room for 50 tokens, but 51"):
             model(tokens[:, :1], cache=cache)
 
 
@@ -155,7 +155,7 @@ def test_the_cache_takes_the_models_dtype(tmp_path, tokens):
     cache = KVCache(model, batch_size=2, max_tokens=50)
     with torch.no_grad():
         parts = [model(part, cache=cache) for part in tokens.split(25, dim=1)]
-        # Two roundings of one number: as far apart as bfloat16 is from float32.
+        # Both round the same exact value, so their errors are of the same size.
         exact = Llama.from_pretrained(tmp_path)(tokens)
         error = (model(tokens).float() - exact).square().mean()
         assert (torch.cat(parts, dim=1).float() - exact).square().mean() < 2 * error
@@ -198,8 +198,8 @@ def test_a_loss_without_targets_is_zero_and_has_no_gradient(tmp_path, tokens):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype, copies", [("float32", 0.0), ("bfloat16", 0.5)])
 def test_loading_holds_no_second_copy(dtype, copies, tmp_path):
-    """Anonymous memory is what a process holds beyond the map of the file: nothing in the file's own dtype
-    (even when run forward), and the cast weights, once, in another."""
+    """Measure anonymous memory, which does not include the memory-mapped file. In the file's own dtype the
+    weights take none (even in a forward pass). In another dtype the cast weights take it once."""
     config = LlamaConfig(vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6,
                          num_attention_heads=8)  # fmt: skip
     with torch.device("meta"):
@@ -247,7 +247,6 @@ def test_changing_a_loaded_weight_leaves_the_file_alone(tmp_path, tokens):
 
 
 def test_old_exports_hold_rotary_buffers_which_are_skipped(tmp_path, tokens):
-
     reference = make_reference(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
@@ -266,7 +265,6 @@ def spoil_config(**changes):
 
 def spoil_weights(change):
     def spoil(path: Path):
-
         tensors = load_file(path / WEIGHTS)
         change(tensors)
         save_file(tensors, path / WEIGHTS)
@@ -295,7 +293,7 @@ BAD = {
     "empty": (lambda path: (path / WEIGHTS).write_bytes(b""), r"truncated"),
     "missing tensor": (spoil_weights(lambda t: t.pop("model.norm.weight")), r"lack 1 tensors.*'model\.norm\.weight'"),
     "extra tensor": (spoil_weights(lambda t: t.update(extra=torch.ones(1))), r"hold 'extra'"),
-    "untied": (spoil_config(tie_word_embeddings=True), r"lm_head\.weight is not embed_tokens"),
+    "untied": (spoil_config(tie_word_embeddings=True), r"lm_head\.weight and embed_tokens differ"),
     "integers": (spoil_weights(lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})), r"int8"),
 }  # fmt: skip
 
@@ -321,7 +319,7 @@ def test_a_missing_or_truncated_shard_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{shard.name}: there is no such file, but {INDEX} names it"):
         Llama.from_pretrained(tmp_path)
     shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 61234\n")
-    with pytest.raises(UserError, match=rf"{shard.name}: a Git LFS pointer, .*run `git lfs pull`"):
+    with pytest.raises(UserError, match=rf"{shard.name}: found a Git LFS pointer, .*run `git lfs pull`"):
         Llama.from_pretrained(tmp_path)
     first = sorted(tmp_path.glob("model-*.safetensors"))[0]
     name = next(iter(load_file(first)))
@@ -339,7 +337,7 @@ def from_dict(values):
 
 
 def test_named_models_are_the_published_ones():
-    """Against what the published config.json say; LLaMA 2 7B's and 3.1 8B's shapes are in the next test."""
+    """Compare with the published config.json files. The next test has those of LLaMA 2 7B and 3.1 8B."""
     files = {"demo": ROOT / "assets/tiny-llama/config.json"}
     if SHARED.exists():
         files["llama-3.2-1b"] = SHARED / "llama3/config.json"
@@ -353,7 +351,7 @@ def test_named_models_are_the_published_ones():
 
 
 def test_configs_of_the_hub_load(tmp_path):
-    """LLaMA 2 7B's and LLaMA 3.1 8B's own config.json, as published (only the architecture's keys)."""
+    """Load the published config.json of LLaMA 2 7B and LLaMA 3.1 8B (only the keys of the architecture)."""
     llama2 = from_dict({"model_type": "llama", "hidden_act": "silu", "hidden_size": 4096, "vocab_size": 32000,
         "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_scaling": None, "pretraining_tp": 1})  # fmt: skip
@@ -369,7 +367,7 @@ def test_configs_of_the_hub_load(tmp_path):
 
 
 def test_the_gradient_of_a_lookup_has_the_same_bits_with_several_threads():
-    """Tokens occur often, and their rows' gradients are summed up in one order, whichever thread is first."""
+    """Tokens repeat, so the gradients of a row are added up. Their order must not depend on threads."""
     torch.manual_seed(0)
     embedding, tokens = Embedding(2000, 96), torch.randint(0, 40, (8, 256))
     gradient, found = torch.randn(8, 256, 96), []

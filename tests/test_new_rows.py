@@ -1,6 +1,6 @@
-"""mala.words.new_rows.
+"""Test mala.words.new_rows.
 
-Each initialisation against its definition or transformers, checkpoint folders against the model in memory.
+Initialisations are compared with their definitions or transformers, checkpoint folders with models in memory.
 """
 
 import json
@@ -74,9 +74,9 @@ def test_chunks_do_not_show(base, merged, monkeypatch):
 
 @pytest.mark.parametrize("init", ["normal", "mean"])
 def test_random_rows_have_the_stated_distribution(init):
-    """Against transformers' own `resize_token_embeddings`, in mean and covariance.
+    """Compare mean and covariance with transformers' own `resize_token_embeddings`.
 
-    And different for another seed.
+    Another seed gives other rows.
     """
     import transformers
 
@@ -98,9 +98,9 @@ def test_random_rows_have_the_stated_distribution(init):
     )
     assert torch.equal(found[:500], old)
     rows = found[500:].double()
-    scale = math.sqrt(1e-9) if init == "mean" else 1.0  # of the noise around the mean
+    scale = math.sqrt(1e-9) if init == "mean" else 1.0  # scale of the noise around the mean
     error = 5 * expected.std(0) / math.sqrt(20_000) * math.sqrt(2)
-    # float32 rounds the mean of 500 rows to about 1e-7 of it, which is as much as the noise of 1e-9.
+    # float32 rounds the mean of 500 rows with a relative error of about 1e-7, as large as the noise of 1e-9.
     assert ((rows.mean(0) - expected.mean(0)).abs() < error + 1e-6).all()
     assert torch.allclose(rows.std(0) / scale, expected.std(0) / scale, rtol=0.05)
     difference = torch.cov(rows.T) / scale**2 - torch.cov(expected.T) / scale**2
@@ -131,8 +131,8 @@ def test_calibrated_expects_each_piece_as_often_as_the_text_holds_it(base, merge
     frequency = counts / counts.sum()
 
     def divergence(model):
-        """Kullback-Leibler, of the text's frequencies from the model's mean probabilities, over the new
-        pieces."""
+        """Return the new pieces' part of the Kullback-Leibler divergence of the text's frequencies from the
+        model's mean probabilities."""
         with torch.no_grad():
             states = torch.cat([model.hidden_states(torch.tensor([ids]))[0] for ids, _ in encoded[::3]])
             probability = model.lm_head(states).softmax(-1).mean(0)
@@ -144,7 +144,7 @@ def test_calibrated_expects_each_piece_as_often_as_the_text_holds_it(base, merge
         name: nll_by_language(m, merged, test, "")["macro"]["bits_per_byte"]
         for name, m in (("c", model), ("s", plain))
     }
-    assert bits["c"] < 0.95 * bits["s"]  # on text that it was not fitted to
+    assert bits["c"] < 0.95 * bits["s"]  # on text to which it was not fitted
 
 
 def test_tied_embeddings_stay_tied_and_padding_rows_are_replaced(base, merged, tmp_path):
@@ -229,7 +229,7 @@ def test_a_checkpoint_folder_is_extended_as_the_model_is(init, shards, base, mer
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc for the memory")
 def test_only_the_two_matrices_are_in_memory(base, merged, tmp_path):
-    """Of a checkpoint of 0.5 GB in three files, one of them without a matrix."""
+    """Extend a checkpoint of 0.5 GB in three files, one of which has neither matrix."""
     config = tiny_config(vocab_size=len(base), hidden_size=1024, intermediate_size=8192, num_hidden_layers=9)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Llama(config).named_parameters()}
@@ -246,9 +246,9 @@ def test_only_the_two_matrices_are_in_memory(base, merged, tmp_path):
         from mala.words.new_rows import extend_checkpoint
         from mala.words.tokenizer import Tokenizer
         merged = Tokenizer.from_pretrained({str(tmp_path / "merged.model")!r})
-        def memory(key):  # kB; not ru_maxrss, which a process takes over from the one that started it
+        def memory(key):  # kB; not ru_maxrss, which a process inherits from its parent
             return int(re.search(key + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
-        Llama.from_pretrained({str(TINY)!r}, device="meta")  # for which PyTorch loads 80 MB of itself
+        Llama.from_pretrained({str(TINY)!r}, device="meta")  # makes PyTorch load 80 MB of itself
         before = memory("VmRSS")
         extend_checkpoint(Path({str(tmp_path / "base")!r}), merged, Path({str(tmp_path / "out")!r}), "subtokens", 0)
         print(memory("VmHWM") - before)
@@ -257,12 +257,12 @@ def test_only_the_two_matrices_are_in_memory(base, merged, tmp_path):
     assert done.returncode == 0, done.stderr
     assert sum(file.stat().st_size for file in (tmp_path / "out").iterdir()) > 450e6
     two_matrices = 2 * len(merged) * 1024 * 2
-    assert int(done.stdout) * 1024 < two_matrices + 60e6, done.stdout  # 22 MB, and what PyTorch itself takes
+    assert int(done.stdout) * 1024 < two_matrices + 60e6, done.stdout  # 22 MB, plus PyTorch's own memory
 
 
 @pytest.mark.parametrize("init", INITS)
 def test_an_old_export_keeps_its_dtypes_and_what_it_holds_twice(init, base, merged, tmp_path):
-    """The tied matrix under both names, a buffer that is recomputed, norms of another dtype."""
+    """The export has the tied matrix under both names, a buffer that is recomputed, and norms of another dtype."""
     config = tiny_config(vocab_size=len(base) + 8, tie_word_embeddings=True)
     model = Llama(config)
     init_weights(model, 0)
@@ -287,9 +287,9 @@ def test_an_old_export_keeps_its_dtypes_and_what_it_holds_twice(init, base, merg
 
 
 def test_calibrated_counts_a_document_as_often_as_it_is_drawn(base, merged):
-    """26 English documents once, 3 Amharic ones 40 times.
+    """Draw 26 English documents once and 3 Amharic ones 40 times.
 
-    The expected share of Amharic pieces is as large as the wanted.
+    The model must expect Amharic pieces as often as the drawn text holds them.
     """
     drawn = [(text, 1) for text in DEMO["eng_Latn"][:26]] + [(text, 40) for text in DEMO["amh_Ethi"][:3]]
     model = Llama.from_pretrained(TINY, torch.float32)
@@ -357,7 +357,7 @@ def test_an_odd_index_and_a_base_that_holds_nan(base, merged, tmp_path):
         assert written["metadata"] == {"total_size": size, "total_parameters": size // 2}
     write_json(source / INDEX, {"weight_map": {"lm_head.weight": "w/b.safetensors"}})
     with pytest.raises(
-        UserError, match=r"names the file 'w/b\.safetensors', expected one in the same folder"
+        UserError, match=r"names the file 'w/b\.safetensors', expected a file in the same folder"
     ):
         extend_checkpoint(source, merged, tmp_path / "out", "subtokens", 0)
     (source / INDEX).unlink()
@@ -388,7 +388,7 @@ def test_the_index_of_the_copy_is_that_of_its_shards(base, merged, tmp_path):
         with pytest.raises(UserError, match=message):
             extend_checkpoint(source, merged, tmp_path / "out", "subtokens", 0)
         assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
-    # LLaMA 2's index names buffers that are recomputed, and that its shards may lack.
+    # LLaMA 2's index names buffers that are recomputed. Its shards may lack them.
     buffer = {**weight_map, "model.rotary_emb.inv_freq": place}
     for number, odd in enumerate((weight_map, buffer, {**weight_map, norm: other}, forgetful)):
         write_json(source / INDEX, {"weight_map": odd})

@@ -1,6 +1,6 @@
-"""mala.running.prepare, tools.run_log and the checkpoints: what is left of a run that was disturbed.
+"""Test mala.running.prepare, tools.run_log and checkpoints: interrupted runs lose nothing.
 
-Train.py runs in this process.
+train.py runs in this process.
 """
 
 import json
@@ -26,7 +26,7 @@ SHORT = ["--steps", "6", "--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "400"
 
 @pytest.fixture
 def train(monkeypatch, capsys):
-    """train.py in this process: its output, or the sentence with which it gave up."""
+    """Return a function that runs train.py in this process and returns its output or its error message."""
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
@@ -44,7 +44,7 @@ def train(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An undisturbed run's folder, to be copied."""
+    """Return the folder of an uninterrupted run. Tests work on copies of it."""
     out = tmp_path_factory.mktemp("whole") / "out"
     subprocess.run([sys.executable, ROOT / "train.py", *SHORT, "--out", out], check=True, capture_output=True)
     return out
@@ -56,7 +56,7 @@ def out(whole, tmp_path):
 
 
 def unfinish(out, step=6):
-    """As if it had been killed after a checkpoint."""
+    """Change a finished run's folder to look as if the run was killed after the checkpoint of `step`."""
     before = json.loads((out / "nll.json").read_text())["before"]
     (out / "nll.json").write_text(json.dumps({"before": before}))
     shutil.rmtree(out / "adapter")
@@ -71,7 +71,7 @@ def test_a_finished_run_says_so_and_stays(out, train):
     changed = {
         file.name for file, time in files.items() if not file.exists() or file.stat().st_mtime_ns != time
     }
-    assert changed <= {"run.json", "index.json", ".lock"}  # written again, the same
+    assert changed <= {"run.json", "index.json", ".lock"}  # rewritten with the same content
     shutil.rmtree(out / "checkpoints")
     assert "this run is finished" in train(*SHORT, "--out", out)
     message = train(*SHORT, "--seed", 5, "--out", out)
@@ -97,14 +97,14 @@ def test_it_goes_on_with_the_same_bits_from_any_checkpoint(whole, out, train):
     with open(out / "metrics.jsonl", "a") as metrics:
         metrics.write(
             '{"step": 6, "loss": 1.0}\n{"step": 8, "lo'
-        )  # what a killed run wrote after its last checkpoint
+        )  # lines that a killed run wrote after its last checkpoint
     message = train(*SHORT, "--out", out)
-    assert "step-4: going on after step 4 of 6" in message
+    assert "step-4: continuing after step 4 of 6" in message
     assert outcome(out, 6) == outcome(whole, 6)
     message = train(
         *SHORT, "--out", out, "--resume", out / "checkpoints/step-4"
-    )  # back to an earlier one, a finished run
-    assert "going on after step 4 of 6" in message and outcome(out, 6) == outcome(whole, 6)
+    )  # from an earlier checkpoint of a finished run
+    assert "continuing after step 4 of 6" in message and outcome(out, 6) == outcome(whole, 6)
 
 
 def test_a_damaged_checkpoint_is_passed_over(whole, out, train):
@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole, out, train):
     file = out / "checkpoints/step-6/optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     message = train(*SHORT, "--out", out)
-    assert "step-6: damaged, so one before it is looked for" in message and "going on after step 4" in message
+    assert "step-6: damaged, so an earlier checkpoint is tried" in message and "after step 4" in message
     assert outcome(out, 6) == outcome(whole, 6) and (out / "checkpoints/step-6.aside").is_dir()
     (out / "checkpoints/step-6/training_state.json").unlink()
     assert "step-6/training_state.json: there is no such file" in train(
@@ -131,7 +131,7 @@ def test_another_run_is_not_continued(out, train, tmp_path):
     ]:
         refused = train(*SHORT, *args, "--out", out)
         assert message in refused and "name another --out, or start over with --resume never" in refused
-    assert "going on after step 4" in train(*SHORT, "--data", data, "--out", out)  # a copy is the same corpus
+    assert "after step 4" in train(*SHORT, "--data", data, "--out", out)  # a copy is the same corpus
     unfinish(out, 4)
     rows = (data / "swh_Latn/train.tsv").read_text()
     (data / "swh_Latn/train.tsv").write_text(rows.replace("a", "e", 1))
@@ -141,14 +141,14 @@ def test_another_run_is_not_continued(out, train, tmp_path):
         config.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06')
     )
     refused = train(*SHORT, "--model", tmp_path / "model", "--out", out)
-    assert f"began from another checkpoint than {tmp_path / 'model'} is now" in refused
+    assert f"began from another checkpoint than {tmp_path / 'model'} holds now" in refused
     assert (out / "checkpoints/step-4").is_dir()
     assert "6 steps" in train(*SHORT, "--data", data, "--out", out, "--resume", "never")
 
 
 def test_the_learning_rate_may_change_on_the_way_and_steps_be_added(out, train):
     message = train(*SHORT, "--steps", 8, "--lr", "1e-4", "--keep", 1, "--out", out)
-    assert "going on after step 6 of 8" in message and "this run is finished" not in message
+    assert "continuing after step 6 of 8" in message and "this run is finished" not in message
     assert [path.name for path in checkpoints(out / "checkpoints")] == ["step-8"]
 
 
@@ -156,11 +156,11 @@ def test_what_was_prepared_is_not_made_again(out, train, monkeypatch):
     unfinish(out, 4)
     original = mala.running.prepare.train_pieces
     monkeypatch.setattr(mala.running.prepare, "train_pieces", lambda *args: pytest.fail("learnt again"))
-    assert "going on" in train(*SHORT, "--out", out)
+    assert "continuing" in train(*SHORT, "--out", out)
     monkeypatch.setattr(mala.running.prepare, "train_pieces", original)
     unfinish(out, 4)
     shutil.rmtree(out / "base")
-    assert "going on after step 4" in train(*SHORT, "--out", out) and (out / "base").is_dir()
+    assert "continuing after step 4" in train(*SHORT, "--out", out) and (out / "base").is_dir()
 
 
 def test_when_no_checkpoint_is_whole_nothing_is_taken_away(out, train):
@@ -168,7 +168,7 @@ def test_when_no_checkpoint_is_whole_nothing_is_taken_away(out, train):
     for file in out.glob("checkpoints/*/optimizer.safetensors"):
         file.write_bytes(b"")
     assert (
-        "out/checkpoints: no checkpoint is intact; bring one back, or start over with --resume never"
+        "out/checkpoints: no checkpoint is intact; restore one, or start over with --resume never"
         in train(*SHORT, "--out", out)
     )
     assert len(checkpoints(out / "checkpoints")) == 2
@@ -180,11 +180,11 @@ def test_when_no_checkpoint_is_whole_nothing_is_taken_away(out, train):
 def test_a_checkpoint_may_have_another_name_and_what_came_after_it_stays_aside(whole, out, train):
     (out / "checkpoints/step-4").rename(out / "best")
     message = train(*SHORT, "--out", out, "--resume", out / "best")
-    assert "best: going on after step 4 of 6" in message and "step-6: set aside as step-6.aside" in message
+    assert "best: continuing after step 4 of 6" in message and "step-6: set aside as step-6.aside" in message
     assert outcome(out, 6) == outcome(whole, 6)
     shutil.copytree(out / "best", out / "checkpoints/step-4")
     train(*SHORT, "--out", out, "--resume", out / "checkpoints/step-4", "--keep", 1)
-    assert (out / "checkpoints/step-4").is_dir()  # the same command, given again, asks for it
+    assert (out / "checkpoints/step-4").is_dir()  # running the same command again needs it
     assert "resume is atuo, expected auto, never or a checkpoint's folder" in train(
         *SHORT, "--resume", "atuo", "--out", out
     )
@@ -198,7 +198,7 @@ def test_a_checkpoint_goes_into_no_other_run_s_folder(whole, tmp_path, train):
         and (tmp_path / "out/adapter").is_dir()
     )
     message = train(*SHORT, "--resume", whole / "checkpoints/step-4", "--out", tmp_path / "new")
-    assert "going on after step 4 of 6" in message  # prepared anew, the same
+    assert "continuing after step 4 of 6" in message  # prepared again, identically
     shutil.rmtree(tmp_path / "new")
     shutil.copytree(whole / "checkpoints/step-4", tmp_path / "step-4")
     shutil.copyfile(ROOT / "assets/tiny-llama/tokenizer.model", tmp_path / "step-4/tokenizer.model")
@@ -208,14 +208,14 @@ def test_a_checkpoint_goes_into_no_other_run_s_folder(whole, tmp_path, train):
 
 def test_fewer_steps_than_there_are_is_a_mistake(out, train):
     unfinish(out)
-    assert "step-6: has 6 steps, this run only 4; name another --out or more --steps" in train(
+    assert "step-6: has 6 steps, but this run only 4; name another --out, or raise --steps" in train(
         *SHORT, "--steps", 4, "--out", out
     )
 
 
 def test_two_runs_do_not_write_into_one_folder(out, tmp_path, train):
     with lock(out):
-        assert "out: another run is writing here; wait, or name another folder" in train(*SHORT, "--out", out)
+        assert "out: another run is writing here; wait for it" in train(*SHORT, "--out", out)
     assert "this run is finished" in train(*SHORT, "--out", out)
 
 
@@ -224,7 +224,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, train):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("of another program")
     message = train(*SHORT, "--out", tmp_path / "out")
-    assert "out: holds something that is no result of train.py" in message
+    assert "out: holds files that are not from train.py" in message
     assert "6 steps" in train(*SHORT, "--out", tmp_path / "new", "--tokens", tmp_path / "tokens")
     assert not (tmp_path / "new/tokens").exists() and (tmp_path / "tokens/swh_Latn.0.bin").exists()
     for file in ("out/checkpoints/best.pt", "tokens/pytorch_model.bin"):
@@ -233,7 +233,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, train):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 18 MB: enough for two checkpoints beside what was prepared, not for a third."""
+    """Mount a disk of 18 MB: it holds the prepared files and two checkpoints, but not a third."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -249,13 +249,13 @@ def test_a_full_disk_and_one_that_cannot_be_written(whole, small_disk, train):
     message = train(*SHORT, "--out", out)
     assert (
         "checkpoints" in message
-        and "make room or name another folder" in message
+        and "free space or use another folder" in message
         and "No space left" in message
     )
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
         "step-2",
         "step-4",
-    ]  # and no half of another
+    ]  # no half-written third one
     check_intact(out / "checkpoints/step-4")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     message = train(*SHORT, "--out", out)
@@ -263,7 +263,7 @@ def test_a_full_disk_and_one_that_cannot_be_written(whole, small_disk, train):
     message = train(*SHORT, "--out", small_disk / "other")
     assert str(small_disk / "other") in message and "Read-only file system" in message
     subprocess.run(["mount", "-o", "remount,rw,size=64m", str(small_disk)], check=True)
-    assert "going on after step 4 of 6" in train(*SHORT, "--out", out)
+    assert "continuing after step 4 of 6" in train(*SHORT, "--out", out)
     assert outcome(out, 6) == outcome(whole, 6)
 
 
@@ -279,17 +279,17 @@ def test_sigterm_finishes_the_step_and_saves(whole, tmp_path, train, monkeypatch
     monkeypatch.setattr(tools.run_log, "tqdm", lambda *_, **settings: Counter(settings["initial"]))
     message = train(*SHORT, "--save-every", 100, "--out", tmp_path / "out")
     assert (
-        "out: stopped after step 4 of 6, with a checkpoint; the same command goes on there" in message
-    )  # 3 was agreed upon
+        "out: stopped after step 4 of 6, with a checkpoint; the same command continues from it" in message
+    )  # step 3 had already looked for signals
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     message = train(*SHORT, "--save-every", 100, "--out", tmp_path / "out")
-    assert "step-4: going on after step 4 of 6" in message and outcome(tmp_path / "out", 6) == outcome(
+    assert "step-4: continuing after step 4 of 6" in message and outcome(tmp_path / "out", 6) == outcome(
         whole, 6
     )
 
 
 class Counter:
-    """A progress bar's place."""
+    """A stand-in for tqdm that counts steps."""
 
     disable = False
 
@@ -320,7 +320,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(tmp_path, train
     message = train(*SHORT, "--out", tmp_path / "out")
     assert (
         "step 5: the loss is nan" in message
-        and "lower --lr and go on from" in message
+        and "lower --lr and continue from" in message
         and "step-4" in message
     )
     assert "amh_Ethi" in message or "swh_Latn" in message
@@ -351,11 +351,11 @@ def test_held_out_text_is_measured_on_the_way_and_the_pictures_are_drawn(tmp_pat
 def test_without_tensorboard_the_flag_says_what_to_install(tmp_path, train, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = train(*SHORT, "--tensorboard", "--out", tmp_path / "out")
-    assert "--tensorboard takes the package tensorboard: pip install tensorboard" in message
+    assert "--tensorboard needs the package tensorboard: pip install tensorboard" in message
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
-    survive(tmp_path, [signal.SIGKILL, signal.SIGTERM] * 2, steps=40, seed=1)
+    survive(tmp_path, [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL], steps=40, seed=1)
 
 
 def test_a_dry_run_writes_nothing_and_needs_no_weights(tmp_path, train):
@@ -363,5 +363,5 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(tmp_path, train):
     (tmp_path / "model/model.safetensors").unlink()
     message = train(*SHORT, "--dry-run", "--model", tmp_path / "model", "--out", tmp_path / "out")
     assert "vocabulary: 2,048 pieces + 400 = 2,448\n" in message and "training 643,072 of" in message
-    assert "6 steps: 24 blocks, 768 tokens" in message and "total" in message
+    assert "6 steps: 24 sequences, 768 tokens" in message and "total" in message
     assert not (tmp_path / "out").exists()

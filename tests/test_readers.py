@@ -1,4 +1,4 @@
-"""A tokenizer that we write gives the same ids in every program that reads it, and its files stay together."""
+"""Test that every program gives the same ids with a tokenizer that we write, and that its files stay together."""
 
 import heapq
 import io
@@ -42,7 +42,7 @@ def special(content):
             "rstrip": False, "single_word": False}  # fmt: skip
 
 
-# As Meta's LLaMA 2 lies on the hub.
+# The files of Meta's LLaMA 2 on the hub.
 COMPANIONS = {
     "tokenizer_config.json": {
         "add_bos_token": True, "add_eos_token": False, "bos_token": special("<s>"), "eos_token": special("</s>"),
@@ -55,7 +55,7 @@ COMPANIONS = {
 
 
 def make_base(folder, model, companions=COMPANIONS, rows=0):
-    """A tiny checkpoint with the tokenizer `model` and the files that usually lie beside it."""
+    """Save a tiny checkpoint with the tokenizer `model` and its usual companion files."""
     llama = Llama(tiny_config(vocab_size=rows or len(Tokenizer(model))))
     init_weights(llama, 0)
     llama.save_pretrained(folder)
@@ -72,12 +72,12 @@ def make_merged(base, words, size, method):
 
 
 def check_readers(folder, texts):
-    """SentencePiece, transformers by AutoTokenizer, and tokenizers read the folder alike; so do we."""
+    """Check that SentencePiece, AutoTokenizer of transformers, tokenizers and our code read the folder alike."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     expected = processor.encode(texts, add_bos=True, num_threads=-1)
     auto = transformers.AutoTokenizer.from_pretrained(folder)
     assert auto(texts, return_attention_mask=False)["input_ids"] == expected
-    # transformers reads by way of `tokenizers`, so of very many texts some are enough here.
+    # transformers uses `tokenizers` itself, so of very many texts a sample is enough here.
     few = slice(None, None, 1 + len(texts) // 50_000)
     fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert [encoding.ids for encoding in fast.encode_batch(texts[few])] == expected[few]
@@ -88,8 +88,8 @@ def check_readers(folder, texts):
 
 
 def llama_cpp(model, text):
-    """llama.cpp's rules for a SentencePiece vocabulary (src/llama-vocab.cpp, llm_tokenizer_spm_session): of
-    neighbours whose union is a piece the highest score is merged first, of equal ones the leftmost."""
+    """Encode by llama.cpp's rules for a SentencePiece vocabulary (src/llama-vocab.cpp, llm_tokenizer_spm_session):
+    neighbours whose union is a piece merge, the highest score first, the leftmost of equals first."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
     other = (processor.is_byte, processor.is_control, processor.is_unknown)
@@ -139,9 +139,8 @@ def shared_texts():
 @needs_shared
 @pytest.mark.parametrize("method", METHODS)
 def test_every_reader_gives_the_same_ids_on_real_text(method, shared_words, shared_texts, tmp_path):
-    """From the very folders that extend, train.py (the adapter, a checkpoint) and the merge of an adapter
-    leave, over LLaMA 2's tokenizer with its usual companions. An eighth of all lines: benchmarks/readers.py
-    reads all."""
+    """Check the folders that extend, save_adapter and merge_checkpoint write, over LLaMA 2's tokenizer with its
+    usual companion files. This takes an eighth of all lines; benchmarks/readers.py takes all."""
     base = make_base(tmp_path / "base", (SHARED / "llama2/tokenizer.model").read_bytes())
     merged = make_merged(Tokenizer.from_pretrained(base), shared_words, 4000, method)
     extend_checkpoint(base, merged, tmp_path / "extended", "subtokens", 0)
@@ -164,7 +163,7 @@ def test_every_reader_gives_the_same_ids_on_real_text(method, shared_words, shar
 
 @pytest.mark.parametrize("method", METHODS)
 def test_transformers_and_peft_give_the_nll_of_the_run(method, tmp_path, monkeypatch):
-    """All languages of the demo, the tokenizer by AutoTokenizer from the adapter, the weights by PEFT."""
+    """Take all languages of the demo. AutoTokenizer loads the adapter's tokenizer, PEFT loads the weights."""
     argv = ["train.py", "--out", str(tmp_path / "run"), "--steps", "8", "--vocab-method", method]
     monkeypatch.setattr(sys, "argv", argv)
     train.main()
@@ -186,7 +185,7 @@ def test_transformers_and_peft_give_the_nll_of_the_run(method, tmp_path, monkeyp
 
 @pytest.mark.parametrize("method", [*METHODS, "none"])
 def test_what_train_leaves_is_read_alike(method, tmp_path, monkeypatch):
-    """`none`: --extend-vocab 0, over a base that has neither tokenizer.json nor tokenizer_config.json."""
+    """none: --extend-vocab 0, over a base that has neither tokenizer.json nor tokenizer_config.json."""
     extend = (
         ["--extend-vocab", "0"] if method == "none" else ["--extend-vocab", "300", "--vocab-method", method]
     )
@@ -210,7 +209,7 @@ def test_what_train_leaves_is_read_alike(method, tmp_path, monkeypatch):
         check_readers(tmp_path / "run" / folder, texts)
 
 
-SENTENCEPIECE_DEFAULTS = {}  # NFKC, and runs of spaces are one
+SENTENCEPIECE_DEFAULTS = {}  # NFKC; a run of spaces becomes one
 SPACES_ONLY = {"normalization_rule_name": "identity"}
 
 
@@ -226,8 +225,8 @@ def default_model(size=1500, **settings):
 @pytest.mark.parametrize("settings", [SENTENCEPIECE_DEFAULTS, SPACES_ONLY], ids=["nfkc", "spaces"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_base_that_normalises(settings, method, tmp_path, capsys):
-    """SentencePiece's defaults, as OpenLLaMA's first tokenizer: a piece starts from what text reads, new
-    pieces can all occur, and what no text can hold is left out."""
+    """OpenLLaMA's first tokenizer has SentencePiece's defaults, for example. New pieces are segmented as text is.
+    With `continue` they can all occur; a union leaves out pieces that the normaliser changes."""
     folder = make_base(tmp_path / "base", default_model(**settings), {})
     base = Tokenizer.from_pretrained(folder)
     lines = ["  two  spaces ", "ﬁve ﬁsh", "ｆｕｌｌ ｗｉｄｔｈ", "خانه\u200cها و می\u200cروم", "a\u00a0b"]
@@ -251,7 +250,7 @@ def test_a_base_that_normalises(settings, method, tmp_path, capsys):
 
 
 def test_a_piece_is_segmented_as_text_or_else_by_its_bytes():
-    """SentencePiece's NFKC makes a space of U+200C, and drops U+0001; a merged model may hold either."""
+    """SentencePiece's NFKC turns U+200C into a space and drops U+0001. A merged model may hold either."""
     base = Tokenizer(default_model(), "nfkc.model")
     assert base.encode("\u200c") == base.encode("\x01") == []
     joiner, control, word = base.segment(["\u200c", "\x01", "▁and"])
@@ -272,7 +271,7 @@ def chat(folder, first, names=("<|im_start|>", "<|im_end|>")):
 
 
 def test_a_tokenizer_travels_whole(tmp_path):
-    """With an adapter that brings chat tokens; over a base that has them; over one that has other tokens."""
+    """Merge an adapter that adds chat tokens, one over a base that has them, and one with other tokens than its base."""
     tiny = Tokenizer.from_pretrained(TINY)
     words = count_words((text, 1) for text in DEMO["swh_Latn"])
     longer = Tokenizer(continue_merges(tiny, words, 50))
@@ -296,23 +295,21 @@ def test_a_tokenizer_travels_whole(tmp_path):
 
     has_chat = make_base(tmp_path / "chat", tiny.model, rows=len(tiny) + 2)
     chat(has_chat, len(tiny))
-    same = adapter_over(has_chat, "same", len(tiny) + 2)  # no tokenizer of its own: the base's, whole
+    same = adapter_over(has_chat, "same", len(tiny) + 2)  # it has no tokenizer, so the base's is copied whole
     merge_checkpoint(has_chat, same, tmp_path / "b")
     assert json.loads((tmp_path / "b/added_tokens.json").read_text()) == json.loads(
         (has_chat / "added_tokens.json").read_text()
     )
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "b")) == len(tiny) + 2
 
-    longer_one = adapter_over(
-        has_chat, "longer", len(longer)
-    )  # nothing of the base's stale files comes along
+    longer_one = adapter_over(has_chat, "longer", len(longer))  # none of the base's outdated files are copied
     (longer_one / "tokenizer.model").write_bytes(longer.model)
     merge_checkpoint(has_chat, longer_one, tmp_path / "c")
     assert not (tmp_path / "c/added_tokens.json").exists()
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "c")
     assert len(auto) == len(longer) == Llama.from_pretrained(tmp_path / "c").config.vocab_size
 
-    # As transformers 5 saves it: only tokenizer.json. The adapter's is taken, here and for the merge.
+    # transformers 5 saves only tokenizer.json. The adapter's is used, both here and in the merge.
     only_json = adapter_over(plain, "json", len(longer))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tmp_path / "c" / name, only_json / name)
@@ -323,7 +320,7 @@ def test_a_tokenizer_travels_whole(tmp_path):
 
     for wrong, told in (
         ("beyond", "<|im_end|>' is token"),
-        ("other", "is '<pad>', but added_tokens.json beside it has"),
+        ("other", "is '<pad>', but added_tokens.json has"),
     ):
         bad = adapter_over(plain, wrong, len(longer) + 2)
         (bad / "tokenizer.model").write_bytes(longer.model)
@@ -337,10 +334,10 @@ def test_a_tokenizer_travels_whole(tmp_path):
 
 
 def test_a_tokenizer_is_judged_by_its_content(tmp_path):
-    """LLaMA 3's `tokenizer.model` is a tiktoken file, and no SentencePiece model."""
+    """LLaMA 3's `tokenizer.model` is a tiktoken file, not a SentencePiece model."""
     tiktoken = b"IQ== 0\nIg== 1\nIw== 2\n"
     (tmp_path / "tokenizer.model").write_bytes(tiktoken)
-    with pytest.raises(UserError, match="a tiktoken file, LLaMA 3's kind.*tokenizer.json beside it"):
+    with pytest.raises(UserError, match="a tiktoken file like LLaMA 3's, .* or tokenizer.json;"):
         load_tokenizer(tmp_path)
     base = make_base(tmp_path / "made", Tokenizer.from_pretrained(TINY).model)
     (tmp_path / "copy").mkdir()
@@ -354,6 +351,6 @@ def test_a_tokenizer_is_judged_by_its_content(tmp_path):
 
 
 def test_tokens_beyond_the_tokenizer_are_no_text():
-    """A model may have more rows than its tokenizer has pieces, and draw one."""
+    """A model may have more rows than its tokenizer has pieces, and may draw such an id."""
     tiny = Tokenizer.from_pretrained(TINY)
     assert tiny.decode([*tiny.encode("Habari"), len(tiny) + 3]) == "Habari"

@@ -1,4 +1,4 @@
-"""Keeping what the base knew: --weights, --replay, --sample-by, and languages of the base in the report."""
+"""Test the settings that keep the base's knowledge (--weights, --replay, --sample-by) and their report."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def replay_of(tmp_path, *languages):
 
 
 def draws_of_before(streams, seq_len, batch_size, steps, alpha, seed):
-    """`Batches`, as it drew before there were weights and replay."""
+    """Draw as `Batches` did before weights and replay existed."""
     weights = np.array([stream.documents for stream in streams], dtype=np.float64) ** alpha
     rng = np.random.default_rng([seed, 0])
     languages = rng.choice(len(streams), (steps, batch_size), p=weights / weights.sum())
@@ -58,7 +58,7 @@ def test_shares_are_weight_times_n_to_the_alpha():
 
 
 def mixture(tmp_path, **more):
-    """The streams of a run of the demo's Swahili and Amharic, with replay, and all of them together."""
+    """Return the streams of a run on the demo's Swahili and Amharic, and those of its replay corpus."""
     settings = Settings(out=str(tmp_path / "out"), langs=("swh_Latn", "amh_Ethi"), **more)
     corpora = open_corpora(settings)
     for name, corpus in corpora.items():
@@ -76,7 +76,7 @@ def test_replay_has_its_share_of_the_rows_and_a_weight_holds_within_its_corpus(t
     streams, again = mixture(tmp_path, replay=str(replay), replay_share=share, weights=weights)
     assert streams.keys() == {"amh_Ethi", "swh_Latn"} and len(again) == 3
     batches = Batches(streams | again, 16, 8, 5000, alpha=0.3, seed=1)
-    french = (len(LINES) - int(len(LINES) * 0.2)) ** 0.3  # without those that are held out
+    french = (len(LINES) - int(len(LINES) * 0.2)) ** 0.3  # without held-out documents
     of_replay = np.array([35**0.3, 3 * 35**0.3, french])
     expected = [*(1 - share) * np.array([1, 2]) / 3, *share * of_replay / of_replay.sum()]
     assert batches.languages == [
@@ -85,7 +85,7 @@ def test_replay_has_its_share_of_the_rows_and_a_weight_holds_within_its_corpus(t
     drawn = np.bincount(batches.language_of_row.flat, minlength=5) / 40_000
     expected = np.array(expected)
     assert np.all(np.abs(drawn - expected) < 4 * np.sqrt(expected * (1 - expected) / 40_000))
-    for step in (0, 4999):  # still a pure function of step, rank and number of processes
+    for step in (0, 4999):  # still a pure function of step, process rank and number of processes
         whole, _ = batches[step]
         parts = [batches.share(step, rank, 4)[0].tolist() for rank in range(4)]
         assert whole.tolist() == sum(parts, [])
@@ -117,7 +117,7 @@ def test_sampling_by_bytes_knows_no_line_breaks(tmp_path):
     assert sizes["lines", "documents"] == [48, 1] and sizes["whole", "documents"] == [1, 1]
     amharic = len(LINES[3].encode())
     assert sizes["whole", "bytes"] == [len(text.encode()), amharic]
-    # 47 line breaks belong to no document.
+    # The 47 line breaks belong to no document.
     assert sizes["lines", "bytes"] == [len(text.encode()) - 47, amharic]
 
 
@@ -132,7 +132,7 @@ def test_sampling_by_tokens_with_alpha_1_reads_every_text_equally_often(tmp_path
 
 
 def test_the_bytes_of_what_is_held_out_do_not_count(tmp_path):
-    """They are known for a whole file: of one with held-out documents its tokens' share is taken."""
+    """Bytes are counted per file. If part of a file is held out, they are reduced in proportion to its tokens."""
     documents = ["a short one", "another that is a little longer"] * 50
     write_corpus(tmp_path / "corpus", eng_Latn=documents)
     make(tmp_path / "corpus", tmp_path / "tokens", held_out=0.2)
@@ -156,7 +156,7 @@ def test_token_files_that_do_not_know_their_bytes_are_made_anew(tmp_path):
 
 WRONG = [
     (["--weights", "fao_Latn=2"], "weights names fao_Latn; expected some of amh_Ethi, swh_Latn"),
-    (["--weights", "swh_Latn"], "weights has 'swh_Latn', expected one positive number a language"),
+    (["--weights", "swh_Latn"], "weights has 'swh_Latn', expected one positive number per language"),
     (["--weights", "swh_Latn=0"], "weights has 'swh_Latn=0'"),
     (["--weights", "swh_Latn=-1"], "weights has 'swh_Latn=-1'"),
     (["--weights", "swh_Latn=inf"], "weights has 'swh_Latn=inf'"),
@@ -164,7 +164,7 @@ WRONG = [
     (["--base-langs", "deu_Latn"], "base_langs names deu_Latn; expected some of amh_Ethi, swh_Latn"),
     (
         ["--replay-share", "0.1"],
-        "replay_share is 0.1, expected a number between 0 and 1 with --replay, and none",
+        "replay_share is 0.1, expected a number between 0 and 1 with --replay, and 0",
     ),
     (["--replay", DEMO, "--replay-share", "1.2"], "replay_share is 1.2, expected a number between 0 and 1"),
     (["--replay", DEMO, "--replay-share", "1"], "replay_share is 1.0, expected a number between 0 and 1"),
@@ -204,7 +204,7 @@ def test_a_run_with_replay_measures_it_says_so_and_goes_on(tmp_path, monkeypatch
     assert "2 languages, " in printed and "mean of 1 language new to the base" in printed
     assert "mean of 2 languages of the base" in printed and "mean of 3 languages: " in printed
     held_out = {file.name: len(file.read_text().splitlines()) for file in (out / "held_out").iterdir()}
-    # Swahili is in both: what the corpus holds out is measured.
+    # Swahili is in both corpora: the main corpus's held-out documents are measured.
     assert held_out == {"amh_Ethi.jsonl": 14, "eng_Latn.jsonl": 14, "swh_Latn.jsonl": 14}
     nll = json.loads((out / "nll.json").read_text())
     assert nll["after"]["languages"].keys() == {"amh_Ethi", "eng_Latn", "swh_Latn"}
@@ -213,7 +213,7 @@ def test_a_run_with_replay_measures_it_says_so_and_goes_on(tmp_path, monkeypatch
     whole = (out / "adapter/adapter_model.safetensors").read_bytes()
     shutil.rmtree(out / "checkpoints/step-6")
     shutil.rmtree(out / "adapter")
-    assert "going on after step 4" in succeed("train.py", *mixed)
+    assert "continuing after step 4" in succeed("train.py", *mixed)
     assert (out / "adapter/adapter_model.safetensors").read_bytes() == whole
     for args, message in [
         (["--replay-share", "0.2"], "the earlier run had replay_share 0.3, this one has 0.2"),
@@ -223,13 +223,11 @@ def test_a_run_with_replay_measures_it_says_so_and_goes_on(tmp_path, monkeypatch
         assert message in refuse("train.py", [*mixed, *args], monkeypatch)
     rows = (replay / "eng_Latn/train.tsv").read_text()
     (replay / "eng_Latn/train.tsv").write_text(rows.replace("a", "e", 1))
-    assert f"the earlier run had another replay than {replay} is now" in refuse(
-        "train.py", mixed, monkeypatch
-    )
+    assert f"the earlier run had other --replay data than {replay}" in refuse("train.py", mixed, monkeypatch)
 
 
 def as_of_before(file):
-    """Take the settings that are new out of a file's identity."""
+    """Remove the newer settings from a file's identity."""
     content = json.loads(file.read_text())
     for key in ("weights", "sample_by", "replay_share", "replay"):
         del content["identity"][key]
@@ -237,7 +235,7 @@ def as_of_before(file):
 
 
 def test_a_run_from_before_these_settings_goes_on_and_a_finished_one_stays(tmp_path):
-    """The same bits as undisturbed; and nothing is made again of what is finished, even without checkpoints."""
+    """A resumed run gives the same bits. A finished run is not repeated, even without checkpoints."""
     run = [*SHORT, "--save-every", "2", "--out", tmp_path / "out"]
     succeed("train.py", *run)
     adapter = tmp_path / "out/adapter/adapter_model.safetensors"
@@ -246,7 +244,7 @@ def test_a_run_from_before_these_settings_goes_on_and_a_finished_one_stays(tmp_p
     as_of_before(tmp_path / "out/checkpoints/step-4/training_state.json")
     shutil.rmtree(tmp_path / "out/checkpoints/step-6")
     shutil.rmtree(tmp_path / "out/adapter")
-    assert "going on after step 4" in succeed("train.py", *run)
+    assert "continuing after step 4" in succeed("train.py", *run)
     assert adapter.read_bytes() == whole
 
     as_of_before(tmp_path / "out/run.json")
@@ -275,7 +273,7 @@ def test_the_table_shows_languages_of_the_base_apart(capsys):
         in lines[5]
     )
     assert "mean of 3 languages: 136.7 -> 31.7" in lines[6] and len(lines) == 7
-    print_nll(before, after, known={"deu_Latn"})  # none of them: as before
+    print_nll(before, after, known={"deu_Latn"})  # no language of the base: as before
     lines = capsys.readouterr().out.splitlines()
     assert (
         lines[3].startswith("eng_Latn")
@@ -285,7 +283,7 @@ def test_the_table_shows_languages_of_the_base_apart(capsys):
 
 
 def test_a_replay_corpus_may_be_too_small_to_hold_text_out(tmp_path):
-    """And a text without spaces has a first half, too."""
+    """A text without spaces can also be halved for a sample."""
     for name, language, lines in (("data", "lao_Laoo", 20), ("replay", "eng_Latn", 4)):
         (tmp_path / name).mkdir()
         text = "".join(f"ພາສາລາວ{line}ບໍ່ມີຍະຫວ່າງ\n" for line in range(lines))

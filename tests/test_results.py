@@ -1,6 +1,6 @@
-"""mala.benchmarks.results and comparison.
+"""Test mala.benchmarks.results and tools.comparison.
 
-Intervals and tests against what they are by definition, figures against a plain count, and comparisons.
+Intervals and significance tests are checked against their definitions, figures against plain counts.
 """
 
 import json
@@ -92,15 +92,15 @@ def test_figures_of_examples():
         and figures["accuracy"] == 5 / 8
         and figures["accuracy_by_seed"] == {"1": 3 / 4, "2": 2 / 4}
     )
-    # Per character "aaaa" has -2 against at best -3 of "b": it is always taken.
+    # Per character "aaaa" scores -2 and "b" at best -3, so "aaaa" always wins.
     assert figures["accuracy_norm"] == 2 / 8
     assert figures["majority"] == 3 / 4 and figures["uniform"] == 1 / 3
     assert figures["ci95"] == results.bootstrap(
         [1.0, 0.0, 0.5, 1.0]
-    )  # an example is one observation, whatever the seeds
+    )  # an example is one observation, not one per seed
     assert "accuracy_by_seed" not in results.summarise(lines[:4])
     tied = {"loglikelihoods": {"x": -1.0, "y": -1.0}}
-    assert results.best_label(tied) == "x"  # as numpy's argmax takes the first
+    assert results.best_label(tied) == "x"  # the first one, as in numpy's argmax
 
 
 def test_figures_of_documents():
@@ -134,7 +134,7 @@ def test_every_language_has_the_same_weight_and_scripts_their_own_average(capsys
         "above",
     ]
     assert printed[-2].split()[1:3] == ["6", "0.667"] and printed[-1].endswith(
-        "0 of 3 languages, with their whole interval 0"
+        "0 of 3 languages, 0 of them with the whole interval"
     )
     seeds = {
         lang: {**figures, "accuracy_by_seed": {"1": figures["accuracy"], "2": 0.0}}
@@ -215,10 +215,10 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path):
     other = write_run(tmp_path / "other", "sib200", [answer("amh_Ethi", "1", True)])
     with pytest.raises(UserError, match="results of nll, but those of .*a are of sib200"):
         comparison.compare_runs(a, nll, lambda found: found)
-    with pytest.raises(UserError, match="no example is in .*a, too"):
+    with pytest.raises(UserError, match="no example is also in .*a;"):
         comparison.compare_runs(a, other, lambda found: found)
     longer = write_run(tmp_path / "longer", "nll", [document("swh_Latn", 0, 3.0, size=21)])
-    with pytest.raises(UserError, match="no example is in .*nll, too"):  # the same number, another document
+    with pytest.raises(UserError, match="no example is also in .*nll;"):  # not the same document
         comparison.compare_runs(nll, longer, lambda found: found)
     for line in (
         '{"lang": "swh_Latn"}',
@@ -227,7 +227,7 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path):
         '{"lang": "a", "id": 1, "nll": NaN}',
     ):
         (other / "predictions.jsonl").write_text(line + "\n")
-        with pytest.raises(UserError, match=r"predictions\.jsonl: line 1 is no prediction"):
+        with pytest.raises(UserError, match=r"predictions\.jsonl: line 1 is not a prediction"):
             comparison.compare_runs(a, other, lambda found: found)
     (other / "predictions.jsonl").unlink()
     with pytest.raises(UserError, match=r"predictions\.jsonl: there is no such file"):

@@ -1,5 +1,8 @@
-"""mala.scoring against transformers' loss, its windows against one long pass, its trees against one pass for
-every label, batches of all sizes against compiled blocks and a GPU's memory."""
+"""Test mala.scoring.
+
+Compare documents' NLL with transformers' loss, windows with one long pass, and trees with a pass for every
+label. Check that batches of all sizes work with compiled blocks and fit a GPU's memory.
+"""
 
 import math
 import random
@@ -42,7 +45,7 @@ def test_windows_predict_every_token_once_from_enough_context(length, context):
 
 
 def test_documents_equal_transformers_loss(monkeypatch):
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": 300})  # several batches, of several rows
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", {"cpu": 300})  # several batches of several rows each
     documents = [text for language in ("eng_Latn", "swh_Latn", "amh_Ethi") for text in DEMO[language][:6]] + [
         "a"
     ]
@@ -94,7 +97,7 @@ def test_figures():
 RANDOM = Llama(tiny_config(vocab_size=50, max_position_embeddings=40, initializer_range=0.3))
 init_weights(RANDOM, 0)
 IDS = st.integers(0, 49)
-CONTINUATIONS = st.builds(  # often several begin alike
+CONTINUATIONS = st.builds(  # several often begin alike
     lambda alike, lists: [alike + ids for ids in lists],
     st.lists(IDS, max_size=3),
     st.lists(st.lists(IDS, min_size=1, max_size=6), min_size=1, max_size=5),
@@ -120,7 +123,7 @@ def test_a_tree_gives_what_one_pass_for_every_continuation_gives(encoded, max_le
 
 
 def test_a_label_longer_than_the_context_is_refused():
-    with pytest.raises(UserError, match="a label takes 41 tokens, and the model reads 40"):
+    with pytest.raises(UserError, match="a label takes 41 tokens, but the model reads at most 40"):
         loglikelihoods(RANDOM, [([1], [[2] * 41])])
 
 
@@ -136,14 +139,14 @@ def test_only_label_positions_meet_the_head(monkeypatch):
     "continuations, passes",
     [
         ([[2], [3], [4]], [3]),
-        ([[9, 2], [9, 3], [9, 4]], [4]),  # what all begin with belongs to the stem
+        ([[9, 2], [9, 3], [9, 4]], [4]),  # the shared beginning belongs to the stem
         ([[9, 2]], [4]),
         ([[9, 2], [3], [9, 4]], [3, 2]),
         ([[9, 5, 2], [9, 3], [9, 5, 6, 4]], [4, 3]),
     ],
 )
 def test_a_second_pass_reads_what_continuations_have_of_their_own(monkeypatch, continuations, passes):
-    """Tokens of each pass: the context's three and those that all share, then the others but each last one."""
+    """Pass 1 reads the context's three tokens and the shared ones, pass 2 the others except each last one."""
     read, hidden_states = [], RANDOM.hidden_states
     monkeypatch.setattr(
         RANDOM,
@@ -155,7 +158,7 @@ def test_a_second_pass_reads_what_continuations_have_of_their_own(monkeypatch, c
 
 
 def test_compiled_blocks_serve_batches_of_all_sizes():
-    """One graph a pass, and one where two sizes were equal when it was compiled; not one a layer or a batch."""
+    """There is one graph per kind of pass, or two if sizes coincide, but not one per layer or batch."""
     torch._dynamo.reset()
     model = Llama(tiny_config(vocab_size=2048, num_hidden_layers=3, max_position_embeddings=200))
     init_weights(model, 0)
@@ -188,7 +191,7 @@ def test_compiled_blocks_serve_batches_of_all_sizes():
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made within it hold at one time."""
+    """Record the largest number of bytes that tensors made within this context hold at one time."""
 
     def __init__(self):
         super().__init__()
@@ -227,7 +230,7 @@ def test_a_gpus_batches_fit_its_free_memory(monkeypatch, sizes, dtype):
     head = scoring.CHUNK_BYTES["cuda"] + 10**6 * dtype.itemsize
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 10**6)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 10**6)
-    for free in (10**7, 2 * 10**7, 5 * 10**7):  # beyond the head; 2 MB of it PyTorch keeps unused
+    for free in (10**7, 2 * 10**7, 5 * 10**7):  # in addition to the head; PyTorch holds 2 MB of it unused
         monkeypatch.setattr(
             torch.cuda, "mem_get_info", lambda device, free=free: (free + head - 2 * 10**6, 10**11)
         )
@@ -260,11 +263,10 @@ def test_natural_and_published_encodings():
             assert context + continuation == TOKENIZER.encode(f"{example.context} {label}", bos=True)
             assert TOKENIZER.decode(continuation) == label
             assert bare == TOKENIZER.encode(example.context) and alone == TOKENIZER.encode(f" {label}")
-            assert (
-                alone[0] == TOKENIZER.processor.piece_to_id("▁") and alone[1:] == continuation
-            )  # the published second space
+            # The published encoding has a second space before the label.
+            assert alone[0] == TOKENIZER.processor.piece_to_id("▁") and alone[1:] == continuation
 
-    # Where the label's beginning changes how the context is cut, what all labels share is the context.
+    # If a label's beginning changes how the context is tokenised, the context is what all labels share.
     class Greedy:
         def encode_batch(self, texts, bos):
             return [[0] + [len(word) for word in text.replace("s t", "st").split()] for text in texts]

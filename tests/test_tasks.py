@@ -1,5 +1,5 @@
-"""tools.more_tasks and tools.parallel: EMMA-500's protocol against a plain implementation on pandas and
-transformers; the further benchmarks against lm-eval's own templates and scoring; parallel texts by hand."""
+"""Test tools.more_tasks and tools.parallel. The oracle of EMMA-500's protocol is a plain implementation with
+pandas and transformers; that of the other benchmarks is lm-eval. Parallel texts are checked by hand."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def predictions(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-# EMMA-500: what its public code does (MaLA-LM/emma-500, evaluation/Sib-200 and Taxi-1500), written anew
+# EMMA-500: a reimplementation of its public code (MaLA-LM/emma-500, evaluation/Sib-200 and Taxi-1500)
 
 
 def emma_table(root, bench, language, split):
@@ -48,7 +48,7 @@ def emma_table(root, bench, language, split):
 
 
 def emma_prompts(root, bench, language, shots=3, seed=42):
-    """[(row id, label, prompt)] in the file's order."""
+    """Return [(row id, label, prompt)] in the file's order."""
     train, test = (emma_table(root, bench, language, split) for split in ("train", "test"))
     noun, asks = ("news", "topic of the news") if bench == "sib200" else ("verse", "label of")
     random.seed(seed)
@@ -83,12 +83,12 @@ def test_emma_asks_what_its_code_asks(bench, where):
             asked = sorted((one.id, one.label, one.context) for one in ours)
             assert asked == sorted(theirs) and len(ours) > 3
         first = {row.label for row in ours[: len(ours) // 2]}
-        assert len(first) > 2  # the files are sorted by label, and --limit takes the first
+        assert len(first) > 2  # --limit must not take only the first label of a sorted file
 
 
 @needs_shared
 def test_emma_loses_the_verses_that_its_reader_of_csv_loses():
-    """ppk_Latn has quotes that do not close, or close within a verse: 14 of its 108 test rows are lost."""
+    """In ppk_Latn some quotes do not close, or close within a verse: 14 of its 108 test rows are lost."""
     kept = EMMA["taxi1500"](SHARED / "taxi1500").rows("ppk_Latn", "test")
     whole = ALL_TASKS["taxi1500"](SHARED / "taxi1500").rows("ppk_Latn", "test")
     assert (len(kept), len(whole)) == (94, 108)
@@ -96,7 +96,7 @@ def test_emma_loses_the_verses_that_its_reader_of_csv_loses():
 
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory):
-    """The bundled model with a context that no prompt fills: their code cuts no context of SIB-200."""
+    """The bundled model with a context longer than any prompt, because EMMA-500's code cuts none of SIB-200."""
     folder = tmp_path_factory.mktemp("roomy")
     shutil.copytree(TINY, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
@@ -123,9 +123,7 @@ def test_emma_answers_what_its_code_answers(bench, roomy, tmp_path):
                 assert score == pytest.approx(scores[encode(" " + name)[-1]].item(), abs=1e-4)
             compared += 1
     assert compared == 24 and (results(tmp_path)["seed"], results(tmp_path)["shots"]) == (42, 3)
-    if (
-        bench == "sib200"
-    ):  # science/technology and geography end in one token here: a tie, which both break alike
+    if bench == "sib200":  # science/technology and geography end in the same token: a tie
         assert len({encode(" " + name)[-1] for name in LABELS[bench]}) < 7
 
 
@@ -138,7 +136,7 @@ def test_emma_cuts_a_verse_at_its_end():
     assert ids == whole
 
 
-# The further benchmarks: rows in their published form, asked and scored by lm-eval's own code
+# The other benchmarks: rows in their published form; lm-eval's own code builds the prompts and scores
 
 STORY = "Amina alinunua mbegu. Alizipanda bustanini. Mvua ilinyesha wiki nzima. Alisubiri kwa subira."
 ROWS = {
@@ -206,7 +204,7 @@ def harness():
 
 
 def harness_task(bench, rows):
-    """lm-eval's own task, over rows that lie here: it would load them from the hub."""
+    """Return lm-eval's own task with `rows` as its data, which it would otherwise load from the hub."""
     import datasets
     import lm_eval
     from lm_eval import utils
@@ -269,7 +267,7 @@ def test_majority_of_questions_with_their_own_texts_is_that_of_a_place():
 
 def test_shots_come_from_the_train_split(tmp_path):
     write_rows(tmp_path, "afrisenti")
-    train = [{"ID": i, "tweet": f"train {i}", "label": "neutral"} for i in range(5)]  # another copy's header
+    train = [{"ID": i, "tweet": f"train {i}", "label": "neutral"} for i in range(5)]  # another header
     write_rows(tmp_path, "afrisenti", train, "data/swa/train.tsv")
     [example, *_] = ALL_TASKS["afrisenti"](tmp_path).examples("swh_Latn", shots=2)
     shown = example.context.split("\n")
@@ -280,7 +278,7 @@ def test_shots_come_from_the_train_split(tmp_path):
 
 @pytest.mark.parametrize("encode", [encode_natural, encode_published])
 def test_choices_of_their_own_are_scored_each_by_itself(encode, tmp_path):
-    """Two questions whose choices differ in number of tokens, in one call and one after the other."""
+    """Score questions whose choices differ in length, together in one call and one by one."""
     examples = ALL_TASKS["xcopa"](write_rows(tmp_path, "xcopa")).examples("swh_Latn", shots=0)[:3]
     model = Llama.from_pretrained(TINY, dtype=torch.float32)
     together = loglikelihoods(model, encode(TOKENIZER, examples))
@@ -308,7 +306,7 @@ MISTAKES = {
     "--bench xcopa --split train": r"XCOPA has the splits dev, test, expected train",
     "--bench xcopa --split dev": r"val\.sw\.jsonl: there is no such file; expected the dev split of swh_Latn",
     "--bench afrisenti --shots 1": r"swa/train\.tsv: there is no such file; expected the train split",
-    "--bench sib200 --parallel-to eng_Latn": r"--parallel-to changes nothing in --bench sib200",
+    "--bench sib200 --parallel-to eng_Latn": r"--parallel-to has no effect with --bench sib200",
 }
 
 
@@ -316,7 +314,7 @@ def test_a_quote_that_is_not_closed_is_a_sentence(tmp_path):
     write_rows(tmp_path, "afrisenti")
     (file,) = tmp_path.glob("**/swa/test.tsv")
     file.write_text(file.read_text(encoding="utf-8") + '"' + "never closed " * 20_000, encoding="utf-8")
-    with pytest.raises(UserError, match=r"swa/test\.tsv: line \d+ is no CSV with tabs .*; download"):
+    with pytest.raises(UserError, match=r"swa/test\.tsv: line \d+ is not CSV with tabs .*; download"):
         ALL_TASKS["afrisenti"](tmp_path).rows("swh_Latn", "test")
 
 
@@ -356,14 +354,12 @@ def test_wrong_rows(bench, rows, message, tmp_path):
 def test_json_that_is_none(tmp_path):
     write_rows(tmp_path, "xcopa")
     (tmp_path / FILES["xcopa"]).write_text("{\n")
-    with pytest.raises(UserError, match="line 1 is no JSON object; download the file again"):
+    with pytest.raises(UserError, match="line 1 is not a JSON object; download the file again"):
         ALL_TASKS["xcopa"](tmp_path).rows("swh_Latn", "test")
 
 
 def test_without_its_files_a_benchmark_says_where_they_are(tmp_path):
-    with pytest.raises(
-        SystemExit, match="data/xcopa: there is no such folder.*get_benchmark xcopa brings it"
-    ):
+    with pytest.raises(SystemExit, match="data/xcopa: there is no such folder.*get_benchmark xcopa"):
         succeed("evaluate.py", "--bench", "xcopa", cwd=tmp_path)
 
 
@@ -410,11 +406,11 @@ def test_flores_by_bytes_of_english(tmp_path):
     mean = sum(one["bits_per_parallel_byte"] for one in result["languages"].values()) / 3
     assert result["macro"]["bits_per_parallel_byte"] == pytest.approx(mean)
 
-    # A list of languages is told of once. English need not be measured; --limit cuts its documents, too; dev
-    # is another split.
+    # The list of languages is reported once. English need not be measured. --limit also cuts its documents,
+    # and dev is another split.
     (tmp_path / "list.txt").write_text("swh_Latn\nxyz_Latn\n")
     result, printed = measure(tmp_path / "c", "--data", tmp_path, "--langs-file", tmp_path / "list.txt")
-    assert set(result["languages"]) == {"swh_Latn"} and printed.count("names 2 languages, of which 1") == 1
+    assert set(result["languages"]) == {"swh_Latn"} and printed.count("names 2 languages; measuring 1") == 1
     result, _ = measure(tmp_path / "b", "--data", root, "--langs", "swh_Latn", "--limit", 1, "--split", "dev")
     assert set(result["languages"]) == {"swh_Latn"} and result["languages"]["swh_Latn"]["documents"] == 1
     assert result["parallel_bytes"] == len(SENTENCES["eng_Latn"][0].encode())
@@ -431,7 +427,7 @@ def test_a_corpus_that_is_parallel(tmp_path):
     result, _ = measure(tmp_path / "b", "--data", tmp_path)
     assert "parallel_to" not in result and "bits_per_parallel_byte" not in result["macro"]
     (tmp_path / "eng_Latn.txt").write_text("one\n")
-    with pytest.raises(SystemExit, match="amh_Ethi has 3 documents, and eng_Latn 1; --parallel-to takes par"):
+    with pytest.raises(SystemExit, match="amh_Ethi has 3 documents, and eng_Latn 1; --parallel-to needs par"):
         measure(tmp_path / "c", "--data", tmp_path, "--parallel-to", "eng_Latn")
     with pytest.raises(SystemExit, match="there is no language 'fra_Latn'"):
         measure(tmp_path / "c", "--data", tmp_path, "--parallel-to", "fra_Latn")
@@ -461,7 +457,7 @@ def test_bibles_share_their_verses(tmp_path):
     assert result["parallel_bytes"] == len("Abraham begat" + "The beginning")
     assert result["languages"]["swh_Latn"]["bytes"] == len(
         "Ibrahimu alimzaa" + "Mwanzo"
-    )  # the fullest edition
+    )  # the edition with the most verses
     result, _ = measure(tmp_path / "b", "--data", tmp_path, "--langs", "swh_Latn")
     assert result["languages"]["swh_Latn"]["documents"] == 3
 
@@ -473,8 +469,8 @@ def test_bibles_share_their_verses(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--split train", "FLORES-200 has the splits dev, test, expected --split train"),
-        ("--held-out 0.5", "--held-out changes nothing in FLORES-200; leave it out"),
+        ("--split train", "FLORES-200 has no split train, expected --split dev or test"),
+        ("--held-out 0.5", "--held-out has no effect on FLORES-200; leave it out"),
         ("--parallel-to fra_Latn", "there is no language 'fra_Latn'; it holds amh_Ethi"),
         ("--langs swh_Latn,xxx_Latn", "there is no language 'xxx_Latn'; it holds amh_Ethi"),
     ],
@@ -490,8 +486,8 @@ def test_mistakes_with_parallel_texts(arguments, message, tmp_path):
 @needs_shared
 @pytest.mark.parametrize("bench", EMMA)
 def test_the_published_tables_are_of_these_rows(bench):
-    """An accuracy with four digits tells how many rows it is of: the test files here are those of the tables,
-    where an edition of the Bible has all its rows. And their average is over languages."""
+    """Check that the test files have as many rows as those behind the published tables, which follows from
+    four-digit accuracies (only complete Bible editions), and that the tables average over languages."""
     figures = pandas.read_csv(SHARED / "reference" / f"{bench}.tsv", sep="\t").set_index("language")
     average = figures.drop("Avg").mean()
     assert average.to_numpy() == pytest.approx(figures.loc["Avg"].to_numpy(), abs=6e-5)

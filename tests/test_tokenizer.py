@@ -1,4 +1,4 @@
-"""mala.words.tokenizer: a wrapper, so few tests; the oracle is transformers' LlamaTokenizer."""
+"""Test mala.words.tokenizer. It is a thin wrapper; the oracle is transformers' LlamaTokenizer."""
 
 import pickle
 import shutil
@@ -84,7 +84,7 @@ def test_errors_name_the_file(tmp_path):
     ):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(
-            UserError, match=r"tokenizer\.model: truncated or no SentencePiece model \([\d,]+ bytes\)"
+            UserError, match=r"tokenizer\.model: truncated or not a SentencePiece model \([\d,]+ bytes\)"
         ):
             Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="2,048 pieces, but the model has 2,000 rows"):
@@ -117,7 +117,7 @@ def test_a_tokenizer_json_gives_transformers_ids(tmp_path):
         assert ours.encode(text) == expected and ours.decode(expected) == text
         assert ours.encode_batch([text, "x"], bos=True) == [[0, *expected], [0, *ours.encode("x")]]
     assert len(ours.encode(" ".join(texts[:50]))) > 1000  # the file asks for truncation at 16
-    assert 0 not in ours.encode("<|begin|>")  # text, not the control token
+    assert 0 not in ours.encode("<|begin|>")  # it is text, not the control token
     ours.check_fits(600)
     with pytest.raises(UserError, match=r"tokenizer\.json: 600 pieces, but the model has 599 rows"):
         ours.check_fits(599)
@@ -141,14 +141,14 @@ def test_what_begins_a_text_and_errors_of_a_tokenizer_json(tmp_path, monkeypatch
             "a"
         )
         assert tokenizer.encode_batch(["a", ""], bos=True) == [begin + tokenizer.encode("a"), begin]
-        assert ("names a token that begins a text; a document" in capsys.readouterr().err) == (not begin)
+        assert ("names a token that begins a text; documents" in capsys.readouterr().err) == (not begin)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json: truncated or no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: truncated or not a tokenizer\.json"):
         load_tokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(
-        UserError, match=r"tokenizer\.json: a tokenizer\.json takes the package: pip install tokenizers"
+        UserError, match=r"tokenizer\.json: reading it requires tokenizers: pip install tokenizers"
     ):
         load_tokenizer(tmp_path)
     shutil.copy(TINY / "tokenizer.model", tmp_path)
-    assert type(load_tokenizer(tmp_path)) is Tokenizer  # it goes before the tokenizer.json
+    assert type(load_tokenizer(tmp_path)) is Tokenizer  # it takes precedence over tokenizer.json

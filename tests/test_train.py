@@ -1,4 +1,4 @@
-"""train.py and evaluate.py as a user types them."""
+"""Test train.py and evaluate.py from the command line."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from mala.model import Llama
 from mala.storage.peft_adapter import load_adapter
 from mala.words.tokenizer import Tokenizer
 
-# Two languages, six steps: enough to walk through every part.
+# Two languages and six steps run every part of the code.
 SHORT = ["--steps", "6", "--langs", "swh_Latn,amh_Ethi", "--extend-vocab", "400", "--seq-len", "32", "--batch-size", "4",
          "--warmup-steps", "2", "--log-every", "2"]  # fmt: skip
 
@@ -32,7 +32,7 @@ def call(script, *args, cwd=ROOT, **environment):
 
 
 def succeed(script, *args, cwd=ROOT, **environment):
-    """`call`, in this process, since torch takes seconds to import: what it prints."""
+    """Run a script as `call` does, but in this process, because importing torch takes seconds. Return stdout."""
     printed, before = io.StringIO(), Path.cwd()
     try:
         os.chdir(cwd)
@@ -46,7 +46,7 @@ def succeed(script, *args, cwd=ROOT, **environment):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """What the README's first command does, in an empty folder, and its output."""
+    """Run the README's first command in an empty folder. Return the folder and the finished process."""
     cwd = tmp_path_factory.mktemp("demo")
     done = call("train.py", cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -87,9 +87,9 @@ def test_what_it_leaves_loads_in_transformers_and_peft(demo):
     tokenizer = Tokenizer.from_pretrained(out / "adapter")
     assert tokenizer.model == Tokenizer.from_pretrained(out / "base").model
     tokens = torch.tensor([tokenizer.encode("Maji safi hukikinga kijiji.", bos=True)])
-    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adapters.md").read_text("utf-8"), re.DOTALL)
     names = {}
-    exec(block.replace("out/mine", str(out)), names)  # README's way to load it in PEFT
+    exec(block.replace("out/demo", str(out)), names)  # the documented way to load it in PEFT
     reference = names["model"]
     assert reference.config.vocab_size == len(tokenizer)
     model = Llama.from_pretrained(out / "base", dtype=torch.float32)
@@ -98,7 +98,7 @@ def test_what_it_leaves_loads_in_transformers_and_peft(demo):
 
 
 def flat(figures):
-    """Figures without lists, which approx does not take."""
+    """Return the figures without lists, which pytest.approx does not accept."""
     low, high = figures["ci95"]
     return {**figures, "ci95": low, "high": high}
 
@@ -106,7 +106,7 @@ def flat(figures):
 def test_evaluate_finds_the_demo_and_gives_its_figures_again(demo):
     cwd, _ = demo
     lines = succeed("evaluate.py", "--bench", "nll", cwd=cwd).splitlines()
-    assert "no score of any benchmark" in lines[0] and lines[0] == lines[-1]
+    assert "are not benchmark scores" in lines[0] and lines[0] == lines[-1]
     results = json.loads((cwd / "out/nll/results.json").read_text())
     assert results.keys() == {"bench", "data", "sample", "model", "adapter", "dtype", "protocol", "shots", "seed", "seeds",
                               "split", "limit", "languages", "macro", "seconds", "examples_per_second"}  # fmt: skip
@@ -227,7 +227,7 @@ def test_continued_vocabulary_and_without_extension_in_bfloat16_by_epochs(tmp_pa
 
 
 def bad_folder(kind):
-    """Functions that make the bad input under tmp_path and return the arguments."""
+    """Return the function that makes this bad input under tmp_path and returns the script's arguments."""
 
     def model(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / "assets/tiny-llama", tmp_path / "model")
@@ -288,7 +288,7 @@ def bad_folder(kind):
 TRAIN_ERRORS = {
     "missing": r"model/model.safetensors: there is no such file",
     "truncated": r"model/model.safetensors: truncated",
-    "config": r"by config.json; the two are not of one checkpoint",
+    "config": r"from config.json; use files of one checkpoint",
     "tokenizer": r"model/tokenizer.model: 2,049 pieces, but the model has 2,048 rows",
     "empty": r"data: the corpus is empty",
     "encoding": r"data/swh_Latn.txt: line 3 is not UTF-8",
@@ -300,9 +300,9 @@ TRAIN_ERRORS = {
 
 
 def refuse(script, args, monkeypatch) -> str:
-    """Run a script in this process (torch takes seconds to import) and return what it dies with:
-    `sys.exit(text)` prints the text and leaves status 1. Anything but a UserError or an OSError would come
-    through as it is."""
+    """Run a script in this process (importing torch takes seconds) and return the text it exits with.
+    `sys.exit(text)` prints the text and sets status 1. An exception other than UserError or OSError would
+    propagate and fail the test."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -347,11 +347,11 @@ def test_a_setting_that_makes_no_sense_is_refused_and_an_earlier_run_stays(tmp_p
         ),
         (["--langs", "xxx_Latn"], "there is no language 'xxx_Latn'"),
         (["--target-modules", "query"], "target_modules names 'query'"),
-        (["--target-modules", "lm_head"], "target_modules, ('lm_head',), matches no layer"),
+        (["--target-modules", "lm_head"], "target_modules is ('lm_head',), which matches no layer"),
         (["--target-modules", "", "--modules-to-save", ""], "nothing would train"),
         (["--seq-len", "10000"], "seq_len is 10000, but"),
-        (["--steps", "1000000", "--batch-size", "100000"], "are more than the 2^31 that can be planned"),
-        (["--tokens", ROOT / "README.md"], "README.md: a file, expected a folder"),
+        (["--steps", "1000000", "--batch-size", "100000"], "are more than the limit of 2^31 sequences"),
+        (["--tokens", ROOT / "README.md"], "README.md: expected a folder"),
         (
             ["--dry-run", "--batch-size", "6", "--micro-batch-size", "4"],
             "batch_size 6 is not a multiple of micro_batch_size 4",
@@ -360,9 +360,9 @@ def test_a_setting_that_makes_no_sense_is_refused_and_an_earlier_run_stays(tmp_p
         (["--seed", "-1"], "seed is -1, expected a number from 0"),
         (["--modules-to-save", "head"], "modules_to_save names 'head'"),
         (["--extend-vocab", "900000"], "cannot learn 900000 pieces"),
-        (["--model", tmp_path / "out/base"], "out/base: lies in --out"),
-        (["--data", tmp_path / "out/base"], "out/base: lies in --out"),
-        ([], "out: holds something that is no result of train.py"),
+        (["--model", tmp_path / "out/base"], "out/base: is inside --out"),
+        (["--data", tmp_path / "out/base"], "out/base: is inside --out"),
+        ([], "out: holds files that are not from train.py"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
         (["--r", "0"], "r is 0, expected a whole number from 1 to 65,536"),
     ]:
@@ -378,9 +378,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_compiled_blocks_have_the_losses_of_eager_ones(tmp_path, monkeypatch):
-    """Captured and differentiated by torch.compile, but run as it is.
+    """torch.compile captures and differentiates the blocks, but runs them without generated code.
 
-    To write and compile C++ for it takes 15 seconds.
+    Compiling C++ code for them would take 15 seconds.
     """
     compile_block, compiled = torch.nn.Module.compile, []
     monkeypatch.setattr(
@@ -398,7 +398,7 @@ def test_compiled_blocks_have_the_losses_of_eager_ones(tmp_path, monkeypatch):
             ]
         )
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
-    assert len(compiled) == 4  # once, every block
+    assert len(compiled) == 4  # every block once
 
 
 def test_the_recipes_are_recipes_and_the_demo_s_is_the_default():

@@ -1,6 +1,6 @@
-"""mala.vocab.
+"""Test mala.vocab.
 
-Learning against SentencePiece fed with plain sentences, merging against its own protobuf classes.
+Learning is compared with SentencePiece fed with plain sentences, merging with SentencePiece's protobuf classes.
 """
 
 import io
@@ -41,9 +41,9 @@ def new():
 
 
 def merge_by_protobuf(base: bytes, new: bytes) -> pb2.ModelProto:
-    """MaLA-500's procedure.
+    """Merge as MaLA-500 did.
 
-    Parse both, append every piece that is not there yet, but for those that LLaMA has its own of.
+    Parse both models and append each piece that is missing, except unknown, control and byte pieces.
     """
     kinds = pb2.ModelProto.SentencePiece
     merged, added = pb2.ModelProto.FromString(base), pb2.ModelProto.FromString(new)
@@ -77,10 +77,10 @@ def test_merge_equals_the_protobuf_procedure(base, new, capsys):
     )
     odd = pb2.ModelProto.FromString(new.model)
     for number, kind in enumerate(("UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE")):
-        if kind not in ("UNKNOWN", "BYTE"):  # one <unk> is there, and bytes come as 256
+        if kind not in ("UNKNOWN", "BYTE"):  # a model has one <unk>, and 256 bytes or none
             odd.pieces.add(piece=f"<{kind}>", score=-number, type=getattr(pb2.ModelProto.SentencePiece, kind))
     assert merge(base, Tokenizer(odd.SerializeToString(), "odd.model")) == merge(base, new)
-    told = "odd.model: left out 2 pieces, user-defined or unused: '<UNUSED>', '<USER_DEFINED>'"
+    told = "odd.model: left out 2 pieces that are user-defined or unused: '<UNUSED>', '<USER_DEFINED>'"
     assert told in capsys.readouterr().err
 
 
@@ -102,11 +102,11 @@ def shared_words():
 @needs_shared
 @pytest.mark.parametrize("method", ["union", "continue"])
 def test_a_merged_tokenizer_round_trips_on_real_text_and_old_text_keeps_its_ids(method):
-    """Every second line of udhr, bible and sib200; old text is what holds no new piece, even as a part of a word.
+    """Encode every second line of udhr, bible and sib200.
 
-    Not: what is encoded without one. In a union a new piece can be a step on the way to an old one, and turn
-    the base's merges aside. In `continue` it cannot, so there all text that is encoded without a new piece is
-    encoded as before.
+    After `continue`, text that is encoded without new pieces must be encoded as before. In a union, a new piece
+    can be an intermediate step towards an old one and change the base's merges. There, only text that contains
+    no new piece, even as a part of a word, counts as old.
     """
     official = Tokenizer.from_pretrained(SHARED / "llama2")
     words = count_words(sample(Corpus(SHARED / "udhr").stream("train"), 0.3, 0))
@@ -155,7 +155,7 @@ LLAMA = dict(normalization_rule_name="identity", remove_extra_whitespaces=False,
      ({"standalone": True}, dict(LLAMA, character_coverage=0.99995, byte_fallback=True))],
 )  # fmt: skip
 def test_learning_from_word_counts_is_learning_from_the_sentences(ours, theirs):
-    """For each set of settings, SentencePiece given the sentences themselves, as often as they are drawn."""
+    """For each set of settings, give SentencePiece the sentences themselves, as often as they are drawn."""
     published = ours.get("published", False)
     words = published_words if published else Tokenizer.words
     drawn = [
@@ -194,7 +194,7 @@ def test_learning_is_deterministic_and_keeps_long_lines(new):
 
 
 def test_the_words_counted_stay_within_bounds(monkeypatch):
-    """Of a stream that never ends in new words, frequent ones are kept."""
+    """Keep the frequent words of a long stream of new words."""
     monkeypatch.setattr(mala.vocab, "MAX_WORDS", 100)
 
     def stream():
@@ -216,7 +216,7 @@ def test_sampling_draws_each_languages_share(sizes, alpha, draws, seed):
     for i, share in enumerate(shares):
         times = [drawn.get(text, 0) for text in documents[str(i)]]
         assert share * draws - 1e-6 <= sum(times) <= share * draws + 1 + 1e-6  # rounded up
-        assert max(times) - min(times) <= 1  # all as often, but for a random choice
+        assert max(times) - min(times) <= 1  # all equally often, except for a random choice
 
 
 def test_sampling_is_uniform_over_the_documents_of_a_language():
@@ -243,7 +243,7 @@ def test_sampling_reads_a_document_once_and_only_when_its_turn_comes(tmp_path, m
     )
     drawn = sample(documents, 0.3, 0)
     next(drawn)
-    assert len(reads) < 100  # not the file: the next document
+    assert len(reads) < 100  # it read the next document, not the file
     list(drawn)
     assert len(reads) <= 1010
 
@@ -335,8 +335,8 @@ def test_wrong_command_lines_leave_nothing(base, new, tmp_path, monkeypatch):
         "--method union takes --new": ["merge", "--method", "union", "--base", TINY],
         "and neither --data nor --size": ["merge", "--method", "union", "--base", TINY, "--new", tmp / "new.model", "--size", 3],
         "--method continue takes --data": ["merge", "--base", TINY, "--new", tmp / "new.model"],
-        "--published: --method union": ["merge", "--base", TINY, "--data", data, "--size", 9, "--published"],
-        r"cut\.model: truncated or no SentencePiece model": ["merge", "--base", tmp / "cut.model", "--data", data, "--size", 9],
+        "but not --new or --published": ["merge", "--base", TINY, "--data", data, "--size", 9, "--published"],
+        r"cut\.model: truncated or not a SentencePiece model": ["merge", "--base", tmp / "cut.model", "--data", data, "--size", 9],
         "arguments are required: --size": ["train", "--data", data],
         "size is 0, expected a number from 1": ["train", "--data", data, "--size", 0],
         "documents is 0, expected a number from 1": ["train", "--data", data, "--size", 100, "--documents", 0],
@@ -349,7 +349,7 @@ def test_wrong_command_lines_leave_nothing(base, new, tmp_path, monkeypatch):
         r"cannot learn 1000000 pieces.*SentencePiece says: Vocabulary size too high.*<= \d+": ["train", "--data", data, "--size", 1_000_000],
         "does not begin with the pieces of": ["extend", "--model", TINY, "--tokenizer", tmp / "new.model"],
         "adds no piece to": ["extend", "--model", TINY, "--tokenizer", TINY],
-        "--init calibrated, and only that, takes --data": ["extend", "--model", TINY, "--tokenizer", tmp / "merged.model",
+        "--init calibrated needs --data, and no other --init takes it": ["extend", "--model", TINY, "--tokenizer", tmp / "merged.model",
                                                           "--init", "calibrated"],
     }  # fmt: skip
     for message, arguments in mistakes.items():
@@ -366,7 +366,7 @@ def test_wrong_command_lines_leave_nothing(base, new, tmp_path, monkeypatch):
             "--out",
             tmp / "there",
         )
-    with pytest.raises(UserError, match="there: a folder, expected the name of a file"):
+    with pytest.raises(UserError, match="there: found a folder, expected the name of a file"):
         call(monkeypatch, "merge", "--base", TINY, "--data", data, "--size", 9, "--out", tmp / "there")
     with pytest.raises(UserError, match="does not begin with the pieces of"):
         call(

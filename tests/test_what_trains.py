@@ -1,4 +1,4 @@
-"""What trains, and how fast: new rows alone, all weights, rates apart, attention within documents."""
+"""Test what trains and how: new rows only, all weights, learning rates, attention within documents."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def tokens():
     return torch.randint(0, 100, (4, 17), generator=torch.Generator().manual_seed(1))
 
 
-# ---- New rows alone
+# ---- Only new rows
 
 ROWS = {
     "untied": (False, {"embed_tokens": [90, 91, 92], "lm_head": [90, 91, 92, 93]}),
@@ -114,8 +114,8 @@ def test_the_gradient_of_some_rows_is_a_part_of_the_whole(index, share, monkeypa
 
 WRONG_ROWS = {
     "beyond": ({"embed_tokens": [5, 100]}, "names row 100, but embed_tokens has 100"),
-    "twice": ({"embed_tokens": [5, 5]}, "expected numbers of rows, each once"),
-    "none": ({"lm_head": []}, "expected numbers of rows, each once"),
+    "twice": ({"embed_tokens": [5, 5]}, "expected a list of distinct row numbers"),
+    "none": ({"lm_head": []}, "expected a list of distinct row numbers"),
     "other": ({"q_proj": [1]}, "names 'q_proj', expected embed_tokens or lm_head"),
 }
 
@@ -128,10 +128,10 @@ def test_wrong_rows_are_one_sentence(kind):
 
 
 def test_rows_are_not_saved_whole_too_and_a_tied_head_is_no_other_matrix():
-    with pytest.raises(UserError, match="and none of modules_to_save"):
+    with pytest.raises(UserError, match="not already in modules_to_save"):
         LoRAConfig(trainable_token_indices={"lm_head": [1]})
     rows = LoRAConfig(modules_to_save=(), trainable_token_indices={"lm_head": [1]})
-    with pytest.raises(UserError, match="names lm_head, but here that is embed_tokens"):
+    with pytest.raises(UserError, match="names lm_head, but the model is tied; name embed_tokens"):
         add_lora(Llama(tiny_config(tie_word_embeddings=True)), rows)
 
 
@@ -170,7 +170,7 @@ def test_all_weights_train_in_float32_and_are_computed_in_bfloat16(tokens, tmp_p
 
 
 def read(folder):
-    """name -> bytes of every file of a run that must be the same again."""
+    """Return name -> bytes of every file that a resumed run must reproduce."""
     files = [file for file in folder.rglob("*") if file.is_file() and "step-6" in file.parts]
     files += [folder / "nll.json", *(folder / "model").glob("*"), *(folder / "adapter").glob("*")]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
@@ -203,7 +203,7 @@ def test_the_checkpoint_of_all_weights_loads_in_transformers_and_evaluate_finds_
     succeed("evaluate.py", *data, "--model", tmp_path / "out", "--out", tmp_path / "nll")
     found = json.loads((tmp_path / "nll/results.json").read_text())
     assert found["model"] == str(tmp_path / "out/model") and found["adapter"] is None
-    # It lies there in the dtype of the base, bfloat16.
+    # The checkpoint has the base's dtype, bfloat16.
     assert found["macro"]["nll_per_document"] == pytest.approx(after["macro"]["nll_per_document"], rel=1e-3)
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/model", dtype=torch.float32)
@@ -256,7 +256,7 @@ def test_new_rows_train_alone_in_a_run(tmp_path):
     assert total / nll["documents"] == pytest.approx(nll["nll_per_document"], rel=1e-5)
 
 
-# ---- Rates and stages
+# ---- Learning rates and stages
 
 
 def test_the_cosine_is_transformers(monkeypatch):
@@ -266,7 +266,7 @@ def test_the_cosine_is_transformers(monkeypatch):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=4e-5)
     theirs = transformers.get_cosine_schedule_with_warmup(optimizer, 5, 40)
     for step in range(40):
-        # transformers' warm-up begins with a step at rate 0, ours ends with the whole rate.
+        # transformers' warm-up starts with a step at rate 0; ours ends with a step at the full rate.
         expected = theirs.get_last_lr()[0] if step >= 5 else 4e-5 * (step + 1) / 5
         assert learning_rate(step, 40, settings) == pytest.approx(expected, rel=1e-6, abs=1e-15)
         optimizer.step()
@@ -285,7 +285,7 @@ def test_every_module_has_its_rate():
     assert found.pop("lm_head.weight") == pytest.approx(0.5)
     assert set(found.values()) == {1.0}
     alone = Settings(lr=1e-3, embedding_lr=1e-4).parameter_groups(trainable_parameters(model))
-    assert sorted(len(group["params"]) for group in alone) == [2, 8]  # the head goes with the embeddings
+    assert sorted(len(group["params"]) for group in alone) == [2, 8]  # lm_head gets the rate of embed_tokens
 
 
 def test_embeddings_train_alone_at_first(tmp_path):
@@ -310,13 +310,13 @@ def test_attention_stays_in_its_document_as_if_each_were_read_alone(recomputed, 
     reference = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     documents = [torch.randint(3, 100, (length,)) for length in (5, 1, 9, 14)]
     documents = [torch.cat([torch.tensor([1]), text]) for text in documents]
-    documents[0] = documents[0][1:]  # a block seldom begins with a document
+    documents[0] = documents[0][1:]  # a sequence seldom begins with a document
     packed = torch.cat(documents)[None]
     mask = document_mask(packed, 1, torch.float32)
     logits = model(packed, mask=mask)[0]
     expected = torch.cat([reference(text[None]).logits[0] for text in documents])
     assert torch.allclose(logits, expected, atol=1e-4)
-    assert not torch.allclose(model(packed)[0], expected, atol=1e-2)  # as published, it looks back farther
+    assert not torch.allclose(model(packed)[0], expected, atol=1e-2)  # it looks back farther
 
     targets = torch.randint(100, packed.shape)
     model(packed, targets=targets, mask=mask, share=1.0).backward()
@@ -325,7 +325,7 @@ def test_attention_stays_in_its_document_as_if_each_were_read_alone(recomputed, 
         assert torch.allclose(model.get_parameter(name).grad, theirs.grad, atol=1e-5), name
 
 
-# ---- What a person sees
+# ---- Printed output
 
 
 def test_without_a_terminal_each_logged_step_is_a_line_and_samples_are_shown(tmp_path):
@@ -345,14 +345,14 @@ def test_without_a_terminal_each_logged_step_is_a_line_and_samples_are_shown(tmp
 
 WRONG = {
     "train_rows is new, but extend_vocab is 0": ["--train-rows", "new", "--extend-vocab", "0"],
-    "train is all and train_rows is new": ["--train-rows", "new", "--train", "all"],
-    "warmup_embeddings takes modules_to_save, which is empty": [
+    "train is all, which trains all rows": ["--train-rows", "new", "--train", "all"],
+    "warmup_embeddings needs modules_to_save, which is empty": [
         "--warmup-embeddings",
         "2",
         "--modules-to-save",
         "",
     ],
-    "samples are shown at every --eval-every, which is not given": ["--samples", "swh_Latn"],
+    "samples are shown at every --eval-every, which is not set": ["--samples", "swh_Latn"],
     "samples names xxx_Latn; expected some of": ["--samples", "xxx_Latn", "--eval-every", "2"],
     "samples names eng_Latn; expected some of": ["--samples", "eng_Latn", "--eval-every", "2"],
     "weights names eng_Latn; expected some of": ["--weights", "eng_Latn=2"],
@@ -385,4 +385,4 @@ def test_what_the_model_does_not_have_is_refused(tmp_path, monkeypatch):
         weights = {name: tensor.clone() for name, tensor in read_weights(tmp_path / "tied")}
         weights.pop("lm_head.weight")
         write_weights(tmp_path / "tied", weights)
-    assert "head_lr is given, but lm_head is embed_tokens here" in refuse("train.py", args, monkeypatch)
+    assert "head_lr is given, but lm_head is tied to embed_tokens" in refuse("train.py", args, monkeypatch)

@@ -1,1 +1,1 @@
-"""What a reader of the method never needs: downloads, Bible editions, pictures, the making of tiny-llama."""
+"""Everything around the method: command lines, downloads, reports, pictures and the making of tiny-llama."""

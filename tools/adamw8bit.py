@@ -1,14 +1,14 @@
-"""AdamW (arXiv 1711.05101) whose two moments take a byte an element where PyTorch's take four.
+"""AdamW (arXiv 1711.05101) with one byte per element in each of its two moments. PyTorch's takes four bytes.
 
     LLaMA 2 7B with 260,164 rows: 2.1 billion trained elements, 17.1 GB of moments in float32, 4.4 GB here
 
-Blockwise quantization (arXiv 2110.02861): BLOCK neighbours in a row share a scale s, the largest magnitude
-among them, and an element x is kept as a whole number c from -n to n:
+Blockwise quantization (arXiv 2110.02861): BLOCK neighbours in a row share a scale s, their largest magnitude.
+An element x is stored as an integer c from -n to n:
 
     x = s · sign(c) · |c / n|^p        p = 2, n = 127 for the first moment; p = 4, n = 255 for the second
 
-The powers set the numbers close near 0, where most elements lie; the second moment, a square, takes twice the
-power. What is decoded and encoded again gives the same bits.
+The powers place more codes near 0, where most elements are. The second moment is a mean of squares, so its
+power is twice as high. Decoding and encoding again gives the same bits.
 """
 
 import functools
@@ -19,18 +19,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-BLOCK = 128  # elements that share a scale, which takes 4 bytes; a row that is no multiple of it has one scale
-CHUNK = {"cpu": 2**18, "cuda": 2**24}  # elements that are float32 at a time
+BLOCK = 128  # elements per scale of 4 bytes; a row whose length is not a multiple has one scale
+CHUNK = {"cpu": 2**18, "cuda": 2**24}  # elements decoded to float32 at a time
 CODES = {"exp_avg": (2, 127, torch.int8), "exp_avg_sq": (4, 255, torch.uint8)}  # p, n, dtype
 
 
 def blocks(x: Tensor) -> Tensor:
-    """(rows, columns) -> (rows, blocks of a row, elements of a block)"""
+    """Reshape (rows, columns) to (rows, blocks of a row, elements of a block)."""
     return x.unflatten(1, (-1, BLOCK)) if x.shape[1] % BLOCK == 0 else x[:, None]
 
 
 def encode(x: Tensor, moment: str) -> tuple[Tensor, Tensor]:
-    """float32 (rows, columns) -> codes of that shape, a byte each, and scales (rows, blocks) float32."""
+    """Encode float32 (rows, columns) as one-byte codes of that shape and float32 scales (rows, blocks)."""
     p, n, dtype = CODES[moment]
     scales = blocks(x).abs().amax(2)
     ratio = blocks(x) / scales[..., None].clamp(min=torch.finfo(torch.float32).tiny)
@@ -38,7 +38,7 @@ def encode(x: Tensor, moment: str) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, scales: Tensor, moment: str) -> Tensor:
-    """The float32 (rows, columns) that `encode` was given, rounded."""
+    """Return the float32 (rows, columns) that `encode` was given, rounded."""
     p, n, _ = CODES[moment]
     ratio = blocks(codes).float() / n
     return (ratio.abs() ** p * ratio.sign() * scales[..., None]).view(codes.shape)
@@ -46,16 +46,19 @@ def decode(codes: Tensor, scales: Tensor, moment: str) -> Tensor:
 
 @functools.cache
 def codecs(device: str) -> tuple[Callable, Callable]:
-    """`encode` and `decode`, on a GPU compiled."""
+    """Return `encode` and `decode`, compiled on a GPU."""
     if device == "cpu":
         return encode, decode
     return torch.compile(encode, dynamic=True), torch.compile(decode, dynamic=True)
 
 
 class AdamW8bit(torch.optim.AdamW):
-    """PyTorch's AdamW for matrices, and for vectors, of which each element has a scale. Its own fused kernel
-    makes each step, some rows at a time: their moments are decoded, and what has become of them is encoded,
-    on a GPU in one compiled kernel each. A parameter's state is sharded as the parameter."""
+    """PyTorch's AdamW for matrices and vectors, with moments of one byte per element.
+
+    A step processes some rows at a time: it decodes their moments, calls PyTorch's fused AdamW kernel, and
+    encodes the new moments. On a GPU decoding is one compiled kernel, and so is encoding. In a vector each
+    element has its own scale. A parameter's state is sharded like the parameter.
+    """
 
     @torch.no_grad()
     def step(self) -> None:
@@ -80,7 +83,7 @@ class AdamW8bit(torch.optim.AdamW):
                 state["step"] += 1
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """`step`, and of each moment the codes under its name and the scales under its name + `_scales`."""
+        """Return `step`, and each moment's codes under its name and scales under its name + `_scales`."""
         state = self.state[parameter]
         if not state:
             scale_of_blocks = parameter.detach()
@@ -94,6 +97,6 @@ class AdamW8bit(torch.optim.AdamW):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Of a tensor that FSDP2 has sharded this process's rows, else the tensor; a vector as a column."""
+    """Return this process's rows of a tensor sharded by FSDP2, else all rows. A vector becomes a column."""
     tensor = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
     return tensor if tensor.ndim == 2 else tensor[:, None]

@@ -1,4 +1,4 @@
-"""What a training run takes, before it is started: `train.py --dry-run`."""
+"""Print what a training run needs, without starting it: `train.py --dry-run`."""
 
 import math
 import os
@@ -20,17 +20,17 @@ from tools.gpus import flops_per_token, peak_flops
 from tools.memory_plan import memory_plan, recomputed_blocks, room, step_of
 from tools.tables import print_table
 
-# GB on the box -> the GiB that PyTorch finds on the least of such cards: a part is the driver's.
+# Advertised GB -> the GiB that PyTorch finds on the smallest such card. The driver keeps a part of each.
 GPU_SIZES = {16: 14.6, 24: 22.0, 32: 31.3, 40: 39.3, 48: 44.3, 80: 79.0, 96: 93.0, 141: 139.0, 192: 178.0}
 
 
 def dry_run(settings: Settings) -> None:
-    """Print the vocabulary, the corpus, the memory and, on a known GPU, the time of a run.
+    """Print the vocabulary, the corpus and the memory of a run, and on a known GPU its time.
 
-    Nothing is written. No weights need be there yet, nor the GPU for which --device cuda plans.
+    It writes nothing. It needs no weights, and --device cuda needs no GPU.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    settings.micro_batch(processes)  # a mistake in it is every process's
+    settings.micro_batch(processes)  # raises the same UserError in every process
     if int(os.environ.get("RANK", "0")) > 0:
         return
     device, dtype = choose_device(settings.device, settings.dtype, is_plan=True)
@@ -41,7 +41,7 @@ def dry_run(settings: Settings) -> None:
 
 
 def planned_model(settings: Settings, tokenizer: Tokenizer, dtype: torch.dtype) -> Llama:
-    """The model as it will train, on `meta`; prints how many rows it will have. tokenizer: the base's."""
+    """Return the model as it will train, on `meta`; print its number of rows. tokenizer: the base's."""
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_pretrained(settings.model)).to(dtype)
         tokenizer.check_fits(model.config.vocab_size)
@@ -51,7 +51,7 @@ def planned_model(settings: Settings, tokenizer: Tokenizer, dtype: torch.dtype) 
             matrix = torch.empty(size, model.config.hidden_size, dtype=dtype)
             model.replace_vocabulary(matrix, matrix)
             more = (
-                "" if settings.vocab_method == "continue" else ", at most: fewer if the base has some of them"
+                "" if settings.vocab_method == "continue" else " at most, fewer if the base already has some"
             )
             print(f"vocabulary: {len(tokenizer):,} pieces + {settings.extend_vocab:,} = {size:,}{more}")
         settings.choose_trained(model, len(tokenizer))
@@ -59,7 +59,7 @@ def planned_model(settings: Settings, tokenizer: Tokenizer, dtype: torch.dtype) 
 
 
 def print_corpus(settings: Settings, tokenizer: Tokenizer) -> int:
-    """Print what there is to train on; returns about how many tokens of the base's tokenizer it has."""
+    """Print what a run trains on. Return about how many tokens the base's tokenizer makes of it."""
     of_corpora = {}
     for name, corpus in open_corpora(settings).items():
         documents, tokens = corpus.stream("train"), 0
@@ -67,8 +67,8 @@ def print_corpus(settings: Settings, tokenizer: Tokenizer) -> int:
             first = list(islice(texts, 100))
             tokens += round(sum(map(len, tokenizer.encode_batch(first, bos=True))) / len(first) * len(texts))
         count = f"{len(documents)} languages, {sum(map(len, documents.values())):,} documents to train on"
-        more = ", those of the extended one are fewer" if settings.extend_vocab else ""
-        about = f"about {tokens:,} tokens of the base tokenizer (from 100 documents a language)"
+        more = "; the extended tokenizer makes fewer" if settings.extend_vocab else ""
+        about = f"about {tokens:,} tokens of the base tokenizer (estimated from 100 documents per language)"
         share = f"replay, {settings.replay_share:.3g} of the tokens of a step: " if name else ""
         print(f"{settings.replay if name else settings.data}: {share}{count}, {about}{more}")
         of_corpora[name] = tokens
@@ -76,15 +76,15 @@ def print_corpus(settings: Settings, tokenizer: Tokenizer) -> int:
 
 
 def print_plan(model: Llama, settings: Settings, steps: int, world: World) -> None:
-    """Print what a run of so many steps takes in each of the processes, and in how much memory it fits."""
+    """Print what a run of `steps` steps takes in each process, and how large a GPU it needs."""
     print(f"{parameter_report(model)}; {flops_per_token(model, settings.seq_len):,} FLOPs a token")
     devices = f"each of {world.size} devices" if world.size > 1 else "one device"
     at_a_time = f"{settings.micro_batch(world.size):,} at a time on {devices}"
-    step = f"a step: {settings.batch_size:,} blocks of {settings.seq_len:,} tokens, {at_a_time}"
+    step = f"a step: {settings.batch_size:,} sequences of {settings.seq_len:,} tokens, {at_a_time}"
     blocks = steps * settings.batch_size
-    print(f"{step}; {steps:,} steps: {blocks:,} blocks, {blocks * settings.seq_len:,} tokens")
+    print(f"{step}; {steps:,} steps: {blocks:,} sequences, {blocks * settings.seq_len:,} tokens")
     is_here = world.device == "cuda" and torch.cuda.is_available()
-    free = room(world.device) if is_here else math.inf  # of a GPU that is elsewhere it is not known
+    free = room(world.device) if is_here else math.inf  # unknown for a GPU of another machine
     model.recomputed_blocks = recomputed_blocks(model, settings, world, free)
     parts = memory_plan(model, step_of(settings, world.size, world.device))
     rows = [(part, how, f"{size / 1e9:.2f}") for part, how, size in parts]
@@ -99,7 +99,7 @@ def print_plan(model: Llama, settings: Settings, steps: int, world: World) -> No
 
 
 def print_choices(model: Llama, settings: Settings, world: World, free: float) -> None:
-    """Print what a step takes with each of the settings that change nothing but memory, and where it fits."""
+    """Print what a step takes with each combination of the settings that save memory, and where it fits."""
     rows, is_here = [], math.isfinite(free)
     for moments, checkpointing in product(("float32", "8bit"), ("off", "on")):
         chosen = replace(settings, moments=moments, gradient_checkpointing=checkpointing)
@@ -109,12 +109,12 @@ def print_choices(model: Llama, settings: Settings, world: World, free: float) -
         setting = f"--moments {moments} --gradient-checkpointing {checkpointing}"
         here = ["yes" if needed <= free else "no"] if is_here else []
         rows.append((setting, f"{needed / 1e9:.2f}", next(enough, "none"), *here))
-    here = [f"this one, {free / 1e9:.1f} GB"] if is_here else []
+    here = [f"fits this GPU, {free / 1e9:.1f} GB"] if is_here else []
     print_table(("settings", "GB", "fits a GPU of", *here), rows)
 
 
 def print_time(model: Llama, tokens: int, seq_len: int, processes: int, gpu: str) -> None:
-    """Print how long a run takes at half the peak of a GPU, if its name, which PyTorch gives, is known."""
+    """Print how long a run takes at half the peak of the GPU that PyTorch calls `gpu`, if that is known."""
     if peak := peak_flops(gpu):
         hours = tokens * flops_per_token(model, seq_len) / (peak / 2 * processes) / 3600
-        print(f"at half of the peak of {gpu}, {peak / 1e12:,.0f} TFLOP/s: {hours:,.2f} hours")
+        print(f"at half the peak of {gpu} ({peak / 1e12:,.0f} TFLOP/s): {hours:,.2f} hours")

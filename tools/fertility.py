@@ -1,4 +1,4 @@
-"""What an extended tokenizer brings, language by language: `python -m mala.vocab report`."""
+"""Measure what an extended tokenizer gains in each language: `python -m mala.vocab report`."""
 
 import json
 import re
@@ -14,14 +14,18 @@ from mala.words.byte_level import JsonTokenizer, to_text
 from mala.words.tokenizer import WORD_START, Tokenizer
 from tools.tables import print_table
 
-# Scripts whose words no space divides (ISO 15924): their unit of fertility is the character (code point).
+# Scripts without spaces between words (ISO 15924). Their fertility is per character (code point).
 UNSPACED = set("Bali Hani Hans Hant Hira Java Jpan Kana Khmr Lana Laoo Mymr Thai Tibt Yiii".split())
-WORD = re.compile(r"[^\s፡]+")  # between spaces or Ethiopic wordspaces
+WORD = re.compile(r"[^\s፡]+")  # text between spaces or Ethiopic wordspaces
 
 
 def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> dict[str, float]:
-    """One language: `fertility`, tokens per word (per character in scripts without spaces), `bytes_per_token`
-    (UTF-8), and the shares of tokens that are bytes (`byte_share`) and `<unk>` (`unk_share`)."""
+    """Measure a tokenizer on the documents of one language. Raises UserError if they have no words.
+
+    - `fertility`: tokens per word, or per character in scripts without spaces.
+    - `bytes_per_token`: UTF-8 bytes.
+    - `byte_share`, `unk_share`: the shares of tokens that are bytes and that are `<unk>`.
+    """
     units = size = tokens = in_bytes = unknown = 0
     if isinstance(tokenizer, JsonTokenizer):
         unk = tokenizer.fast.token_to_id(getattr(tokenizer.fast.model, "unk_token", None) or "")
@@ -42,21 +46,21 @@ def measure(tokenizer: Tokenizer, language: str, documents: Iterable[str]) -> di
 
 
 def unreachable(tokenizer: Tokenizer) -> list[str]:
-    """The pieces of a BPE model that no text encodes to: the piece alone, between characters that are in no
-    piece, decides it (mala/words/further_merges.py says why)."""
+    """Return the pieces of a BPE model that no text encodes to. Each piece is encoded between characters that
+    occur in no piece; mala/words/further_merges.py explains why that decides it."""
     if isinstance(tokenizer, JsonTokenizer):
         return unreachable_in_json(tokenizer)
     pieces = list(tokenizer.scores())
     used = set("".join(pieces))
-    stranger = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)  # for private use
+    stranger = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)  # private use area
     texts = [f"{stranger}{piece.replace(WORD_START, ' ')}{stranger}" for piece in pieces]
     encoded = tokenizer.encode_batch(texts)
     return [piece for piece, ids in zip(pieces, encoded) if tokenizer.processor.piece_to_id(piece) not in ids]
 
 
 def unreachable_in_json(tokenizer: JsonTokenizer) -> list[str]:
-    """The same of a byte-level BPE: a token is encoded alone, or in few contexts. Of one that is no text, as
-    it ends within a character, the merges of its bytes decide."""
+    """Return the unreachable pieces of a byte-level BPE. Each piece is encoded alone and in a few contexts. A
+    piece that ends within a character is not text: it is reachable if its bytes merge to it."""
     content = json.loads(tokenizer.model)
     content["model"]["ignore_merges"] = False
     merged = JsonTokenizer(json.dumps(content).encode(), tokenizer.name).segment
@@ -73,12 +77,15 @@ def unreachable_in_json(tokenizer: JsonTokenizer) -> list[str]:
 
 
 def fertility_report(base: Tokenizer, new: Tokenizer, documents: Mapping[str, Iterable[str]]) -> dict:
-    """`{"languages": {lang: {"base": F, "new": F}}, "macro": {"base": F, "new": F}, "pieces": {...}}`.
+    """Return `{"languages": {lang: {"base": F, "new": F}}, "macro": {"base": F, "new": F}, "pieces": {...}}`.
 
-    F is what `measure` returns. macro gives every language the same weight; its `fertility` is that of the
-    languages with spaces, `fertility_characters` that of the others. pieces: `base`, `new` and `added` count
-    them, `unreachable_base`, `unreachable_new` and `unreachable_added` those of each that no text encodes to.
-    Raises UserError if `new` is no extension of `base`.
+    - F is a result of `measure`.
+    - macro: means over languages of equal weight. `fertility` is the mean of the languages with spaces, and
+      `fertility_characters` that of the others.
+    - pieces: `base`, `new` and `added` are numbers of pieces. `unreachable_base`, `unreachable_new` and
+      `unreachable_added` are the numbers among them that no text encodes to.
+
+    Raises UserError if `new` is not an extension of `base`.
     """
     new.check_extends(base)
     languages = {}
@@ -103,7 +110,7 @@ def macro_average(languages: dict[str, dict], side: str) -> dict[str, float]:
 
 
 def by_unit(languages: Iterable[str]) -> dict[str, list[str]]:
-    """The unit of fertility, "word" or "character" -> the languages that have it, if there are any."""
+    """Return unit of fertility ("word" or "character") -> its languages, without units that have none."""
     units: dict[str, list[str]] = {"word": [], "character": []}
     for language in languages:
         units["character" if script_of(language) in UNSPACED else "word"].append(language)
@@ -111,7 +118,7 @@ def by_unit(languages: Iterable[str]) -> dict[str, list[str]]:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """A table of languages, those that gain most first, and a summary in two lines."""
+    """Print a table of languages, largest gain first, and a summary of two lines."""
 
     def row(name: str, sides: dict[str, dict], key: str = "fertility") -> list[str]:
         base, new = sides["base"], sides["new"]

@@ -1,11 +1,10 @@
-"""Get the benchmarks that evaluate.py measures.
+"""Download the benchmarks that evaluate.py measures.
 
-    python -m tools.get_benchmark sib200 [--langs a,b,…]                      the published files; so, too,
-        belebele, xcopa, xstorycloze, masakhanews, afrisenti, and, for --bench nll, flores200 and pbc
-    python -m tools.get_benchmark taxi1500 [--langs a,b,…]                    the published labels and Bibles
-    python -m tools.get_benchmark build-taxi1500 --labels DIR --verses FILE…  Taxi1500 for your own languages
+    python -m tools.get_benchmark NAME [--langs a,b,…]                        download a benchmark
+    python -m tools.get_benchmark build-taxi1500 --labels DIR --verses FILE…  build Taxi1500 from your Bibles
 
-They are written to data/sib200, data/taxi1500 …, where evaluate.py looks for them, or to --out.
+NAME is sib200, taxi1500, belebele, xcopa, xstorycloze, masakhanews or afrisenti. For `--bench nll` it is
+flores200 or pbc. The files are written to data/NAME, where evaluate.py looks for a benchmark, or to --out.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from __future__ import annotations
 import re
 import tarfile
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
@@ -41,9 +38,9 @@ from tools.more_tasks import ALL_TASKS
 HUB, GITHUB = "https://huggingface.co", "https://api.github.com"
 BIBLES = "https://cis.lmu.de/~yehao/data/Taxi1500-c_v3.0.zip"  # 786 MB, 1,384 editions
 FLORES = "https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz"
-# Its bytes, and its SHA-256 as several public projects note it.
+# Size in bytes, and the SHA-256 that several public projects give.
 FLORES_FILE = (25_585_843, "b8b0b76783024b85797e5cc75064eb83fc5288b41e9654dabc7be6ae944011f6")
-# Where the files of a benchmark lie: a dataset of the hub, and the folder in it; XCOPA's are on GitHub.
+# Benchmark -> (dataset on the hub, folder in it). XCOPA is a repository on GitHub instead.
 SOURCES = {
     "belebele": ("facebook/belebele", "data/"),
     "xcopa": ("cambridgeltl/xcopa", "data/"),
@@ -51,18 +48,18 @@ SOURCES = {
     "masakhanews": ("masakhane/masakhanews", "data/"),
     "afrisenti": ("masakhane/afrisenti", "data/"),
 }
-Outcome = tuple[list[str], dict[str, str]]  # languages written; language or file that was left out -> why
+Outcome = tuple[list[str], dict[str, str]]  # languages written; language or file left out -> reason
 
 
 @dataclass
 class BuildTaxi1500Settings:
-    """Make Taxi1500 for the languages of Bible editions that you have."""
+    """Build Taxi1500 for the languages of your own Bible editions."""
 
-    labels: Path = option(REQUIRED, "a folder with the English eng_{train,dev,test}.tsv")
+    labels: Path = option(REQUIRED, "folder with the English labels, eng_{train,dev,test}.tsv")
     verses: tuple[str, ...] = option(
-        REQUIRED, "files named for their language, of lines `id, tab, verse` as in the Parallel Bible Corpus"
+        REQUIRED, "Bible editions named after their language; lines are `id, tab, verse` (tools/bible.py)"
     )
-    out: Path = option(Path("data/taxi1500"), "the folder to write to")
+    out: Path = option(Path("data/taxi1500"), "folder to write to")
     min_verses: int = option(MIN_VERSES, "leave out a language with fewer labelled verses")
 
     bench = "taxi1500"
@@ -71,10 +68,10 @@ class BuildTaxi1500Settings:
         return build_taxi1500(self.labels, map(Path, self.verses), self.out, self.min_verses)
 
 
-# What is downloaded as it is published.
+# Name -> the end of its help, "Download …".
 DOWNLOADS = {
     "sib200": "SIB-200.",
-    "taxi1500": "Taxi1500: its English labels and the Bibles that are free, 786 MB.",
+    "taxi1500": "Taxi1500: its English labels and the free Bible editions, 786 MB.",
     **{name: f"{ALL_TASKS[name].__name__}." for name in SOURCES},
     "flores200": "FLORES-200, 26 MB.",
     "pbc": "the free editions of the Parallel Bible Corpus, 786 MB.",
@@ -82,10 +79,10 @@ DOWNLOADS = {
 
 
 def settings_of(name: str) -> type:
-    """The settings of a command that downloads one of DOWNLOADS."""
+    """Return the settings class of the command that downloads `name`, one of DOWNLOADS."""
     fields = [
-        ("langs", tuple[str, ...], option((), "get these languages only, such as swh_Latn")),
-        ("out", Path, option(Path("data") / name, "the folder to write to")),
+        ("langs", tuple[str, ...], option((), "get only these languages, such as swh_Latn")),
+        ("out", Path, option(Path("data") / name, "folder to write to")),
     ]
     bench = name if name in ALL_TASKS else "nll"
     inside = {"bench": bench, "run": lambda self: download(name, self.out, self.langs)}
@@ -98,7 +95,7 @@ COMMANDS = {name: settings_of(name) for name in DOWNLOADS} | {"build-taxi1500": 
 
 
 def download(name: str, out: Path, languages: Collection[str]) -> Outcome:
-    """Fetch one of DOWNLOADS."""
+    """Download one of DOWNLOADS: all of it, or only `languages`."""
     if name in SOURCES:
         return download_published(name, out, languages)
     own = {"sib200": download_sib200, "taxi1500": download_taxi1500, "flores200": download_flores}
@@ -106,7 +103,7 @@ def download(name: str, out: Path, languages: Collection[str]) -> Outcome:
 
 
 def download_sib200(out: Path, languages: Collection[str] = (), hub: str = HUB) -> Outcome:
-    """Fetch SIB-200 as published, the dataset Davlan/sib200: all of it, or `languages` only.
+    """Download SIB-200 as published (the dataset Davlan/sib200): all of it, or only `languages`.
 
     Raises UserError for a language that the dataset lacks.
     """
@@ -125,9 +122,10 @@ def download_sib200(out: Path, languages: Collection[str] = (), hub: str = HUB) 
 def download_published(
     name: str, out: Path, languages: Collection[str] = (), hub: str = HUB, github: str = GITHUB
 ) -> Outcome:
-    """Fetch one of SOURCES as published, all of it, or `languages` only: what there is of its splits.
+    """Download one of SOURCES as published: all of it, or only `languages`.
 
-    Raises UserError for a language that it lacks.
+    Every published split is downloaded; a language without a test split is reported as left out. Raises
+    UserError for a language that the benchmark lacks.
     """
     task, (owner, folder) = ALL_TASKS[name], SOURCES[name]
     chosen = check_languages(Path(owner), sorted(task.names), tuple(languages)) if task.names else []
@@ -149,17 +147,17 @@ def download_published(
                 written += [language] if split == task.splits["test"] else []
     download_all(files)
     missing = [language for language in chosen if language not in written]
-    return written, dict.fromkeys(missing, "its test split is not published there")
+    return written, dict.fromkeys(missing, "its test split is not published")
 
 
 def download_flores(out: Path, languages: Collection[str] = (), url: str = FLORES) -> Outcome:
-    """Fetch FLORES-200 and unpack its sentences. languages: as in `download_sib200`."""
+    """Download FLORES-200 and unpack its sentences. languages: as in `download_sib200`."""
     archive = out / f".{url.rsplit('/', 1)[-1]}"
     size, checksum = FLORES_FILE
     download_all({archive: File(url, size, checksum)})
     written = set()
     with tarfile.open(archive) as packed:
-        names = {}  # language -> the archive's names of its files
+        names = {}  # language -> its files in the archive
         for name in packed.getnames():
             if match := re.search(rf"flores200_dataset/(dev|devtest)/({LANGUAGE.pattern})\.\1$", name):
                 names.setdefault(match[2], []).append(name)
@@ -175,28 +173,26 @@ def download_flores(out: Path, languages: Collection[str] = (), url: str = FLORE
 
 
 def download_pbc(out: Path, languages: Collection[str] = (), corpus: str = BIBLES) -> Outcome:
-    """Fetch those editions of the Parallel Bible Corpus that are free: Taxi1500's corpus. The whole of it is
-    not published: ask its authors (Mayer & Cysouw 2014) for it. languages: as in `download_sib200`.
+    """Download the free editions of the Parallel Bible Corpus, which Taxi1500 publishes as its corpus.
+
+    The other editions are not public: ask the corpus's authors (Mayer & Cysouw 2014) for them. languages: as
+    in `download_sib200`.
     """
     archive = out / f".{corpus.rsplit('/', 1)[-1]}"
     download_all({archive: File(corpus)})
     editions, left_out = {}, {}
-    try:
-        for name, lines in read_archive(archive):
-            numbered = list(lines)
-            try:
-                header, verses = read_edition(name, iter(numbered))
-                language = language_of(name, header, verses.values())
-            except UserError as error:
-                left_out[Path(name).name] = str(error)
-                continue
-            editions.setdefault(language, []).append(Path(name).name)
-            if not languages or language in languages:
-                with atomic_file(out / Path(name).name) as file:
-                    file.writelines(f"{line}\n" for _, line in numbered)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # as in `download_taxi1500`
-        archive.unlink()
-        raise UserError(f"{archive}: damaged ({error}) and deleted; give the command again") from None
+    for name, lines in read_archive(archive):
+        numbered = list(lines)
+        try:
+            header, verses = read_edition(name, iter(numbered))
+            language = language_of(name, header, verses.values())
+        except UserError as error:
+            left_out[Path(name).name] = str(error)
+            continue
+        editions.setdefault(language, []).append(Path(name).name)
+        if not languages or language in languages:
+            with atomic_file(out / Path(name).name) as file:
+                file.writelines(f"{line}\n" for _, line in numbered)
     written = check_languages(archive, sorted(editions), tuple(languages))
     archive.unlink()
     return written, {} if languages else left_out
@@ -205,11 +201,11 @@ def download_pbc(out: Path, languages: Collection[str] = (), corpus: str = BIBLE
 def download_taxi1500(
     out: Path, languages: Collection[str] = (), github: str = GITHUB, corpus: str = BIBLES
 ) -> Outcome:
-    """Fetch Taxi1500's English labels and the free Bible editions, and join them by verse id.
+    """Download Taxi1500's English labels and the free Bible editions, and join them by verse id.
 
-    An edition with a wrong line is left out. The archive of editions has no published checksum, but its
-    members have, and each is checked as it is read. The archive stays if the build fails, else it is deleted.
-    languages: as in `download_sib200`.
+    An edition with a malformed line is left out. The archive of editions has no published checksum, but each
+    file in it has one, which is checked when the file is read. The archive is deleted after a successful
+    build or if it is damaged; otherwise it is kept for the next try. languages: as in `download_sib200`.
     """
     labels, english = fetch_labels(github)
     archive = out / f".{corpus.rsplit('/', 1)[-1]}"
@@ -217,39 +213,28 @@ def download_taxi1500(
     takes_editions = set(languages) != {"eng_Latn"}
     if takes_editions:
         download_all({archive: File(corpus)})
-        try:
-            found, left_out = join(labels, read_archive(archive), is_tolerant=True)
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            RuntimeError,
-        ) as error:  # by zipfile, for a wrong byte
-            archive.unlink()
-            raise UserError(
-                f"{archive}: damaged ({error}) and deleted; give the command again to fetch it anew"
-            ) from None
+        found, left_out = join(labels, read_archive(archive), is_tolerant=True)
     found["eng_Latn"] = english
     chosen = check_languages(archive, sorted(found), tuple(languages))
-    if languages:  # say nothing of the files of others
+    if languages:  # do not report files of other languages
         codes = tuple(language[:3] for language in chosen)
         left_out = {name: why for name, why in left_out.items() if name.startswith(codes)}
     found = {language: found[language] for language in chosen}
     written, too_small = write_languages(labels, found, out, MIN_VERSES)
     if written and takes_editions:
         archive.unlink()
-        print(f"{archive}: deleted, as all of it is read; for further languages it is downloaded again")
+        print(f"{archive}: deleted after use; further languages will need another download")
     return written, left_out | too_small
 
 
 def fetch_labels(github: str) -> tuple[Labels, Verses]:
-    """`read_labels` of the published files. Raises UserError if one of them is no longer there."""
+    """Download the published labels and read them. Raises UserError if one of their files is gone."""
     listing = f"{github}/repos/cisnlp/Taxi1500/contents/eng_data"
     files = list_files(listing)
     names = [f"eng_{split}.tsv" for split in SPLITS]
     if missing := [name for name in names if f"eng_data/{name}" not in files]:
         raise UserError(
-            f"{listing}: there is no {missing[0]}; see in a browser where the labels of Taxi1500 are now"
+            f"{listing}: found no {missing[0]}; look in a browser where Taxi1500's labels are now"
         )
     with tempfile.TemporaryDirectory() as folder:
         download_all({Path(folder, name): files[f"eng_data/{name}"] for name in names})
@@ -257,10 +242,13 @@ def fetch_labels(github: str) -> tuple[Labels, Verses]:
 
 
 def build_taxi1500(labels: Path, verses: Iterable[Path], out: Path, min_verses: int = MIN_VERSES) -> Outcome:
-    """Make Taxi1500 for the languages of `verses`, Bible editions in files as tools/bible.py shows them.
+    """Build Taxi1500 for the languages of `verses`, files with Bible editions.
 
-    `labels` is a folder that `read_labels` describes. A language with fewer than `min_verses` labelled verses
-    is left out. Raises UserError for a wrong line.
+    - labels: a folder in the layout that `read_labels` describes.
+    - verses: files in the format that tools/bible.py describes.
+    - min_verses: a language with fewer labelled verses is left out.
+
+    Raises UserError for a malformed line, and if an English edition would overwrite the labels.
     """
     rows, _ = read_labels(labels)
     editions = [(str(file), read_lines(file)) for file in sorted(verses, key=lambda file: file.name)]
@@ -277,8 +265,8 @@ def build_taxi1500(labels: Path, verses: Iterable[Path], out: Path, min_verses: 
 def read_labels(labels: Path) -> tuple[Labels, Verses]:
     """Read the English rows: their ids and labels in the published order, and their verses.
 
-    The files are `eng_train.tsv`, as published, or `eng_Latn_train.tsv`, in the folder or in its `eng_Latn/`.
-    Raises UserError if they are missing or wrong.
+    The files are named `eng_train.tsv`, as published, or `eng_Latn_train.tsv`. They are in the folder or in
+    its subfolder `eng_Latn/`. Raises UserError if they are missing or malformed.
     """
     task = Taxi1500(labels)
     for stem in ("eng", "eng_Latn", "eng_Latn/eng", "eng_Latn/eng_Latn"):
@@ -288,8 +276,8 @@ def read_labels(labels: Path) -> tuple[Labels, Verses]:
             ids = {split: [(row.id, row.label) for row in rows[split]] for split in SPLITS}
             return ids, {row.id: row.text for split in SPLITS for row in rows[split]}
     raise UserError(
-        f"{labels}: no English labels, expected eng_{{train,dev,test}}.tsv or eng_Latn_{{train,dev,test}}.tsv"
-        "; `python -m tools.get_benchmark taxi1500 --langs eng_Latn` fetches them"
+        f"{labels}: has no English labels, expected eng_{{train,dev,test}}.tsv or eng_Latn_{{train,dev,test}}"
+        ".tsv; download them with `python -m tools.get_benchmark taxi1500 --langs eng_Latn`"
     )
 
 
@@ -300,7 +288,7 @@ def main() -> None:
         print(f"left out {name}: {why}")
     out = settings.out
     if not written:
-        raise UserError(f"{out}: no language could be written; try other languages or files")
+        raise UserError(f"{out}: no language could be written; choose other languages or files")
     print(f"{out}: wrote {len(written):,} languages: {', '.join(written)}")
     data = "" if out == type(settings).out and settings.bench != "nll" else f" --data {out}"
     print(f"evaluate: python evaluate.py --bench {settings.bench}{data}")

@@ -1,4 +1,4 @@
-"""The shapes of published LLaMA checkpoints, for plans, benchmarks and tests, and random weights for them."""
+"""The shapes of published LLaMA checkpoints for plans, benchmarks and tests, and random weights for them."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ NAMED = {
 
 
 def named(name: str, **changes: Any) -> LlamaConfig:
-    """One of the models in NAMED, with `changes` such as another `vocab_size`."""
+    """Return the config of a model in NAMED, with `changes` such as another `vocab_size`."""
     return LlamaConfig(**{**NAMED[name], **changes})
 
 
 @torch.no_grad()
 def init_weights(model: Llama, seed: int) -> None:
-    """N(0, initializer_range²) for every matrix, zero biases; norms stay 1: to train from scratch."""
+    """Initialise weights for training from scratch: matrices N(0, initializer_range²), biases 0, norms 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:

@@ -1,10 +1,10 @@
-"""Make `assets/tiny-llama`: a real LLaMA checkpoint, small enough to commit, that has read only English.
+"""Make `assets/tiny-llama`: a real LLaMA checkpoint, small enough to commit, trained only on English.
 
     python -m tools.make_tiny_llama [--out DIR]
 
-Its text is the language reference that every Python carries, `pydoc_data.topics`, and the English training
-sentences of the demo. The seed is fixed, but the text changes with the version of Python: the committed
-checkpoint is of 3.11.
+It is trained on the language reference that comes with every Python, `pydoc_data.topics`, and on the demo's
+English training sentences. The seed is fixed, but the text changes with the version of Python. The committed
+checkpoint was made with Python 3.11.
 """
 
 import math
@@ -42,11 +42,11 @@ CONFIG = dict(
 
 @dataclass
 class Settings:
-    out: Path = option(ASSETS / "tiny-llama", "the folder to write to; an existing one is replaced")
+    out: Path = option(ASSETS / "tiny-llama", "folder to write to; an existing one is replaced")
 
 
 def read_text() -> list[str]:
-    """The paragraphs of the language reference, a line each, among them the demo's sentences twenty times."""
+    """Return the paragraphs of the language reference, shuffled with 20 copies of the demo's sentences."""
     paragraphs = [" ".join(part.split()) for key in sorted(topics) for part in topics[key].split("\n\n")]
     paragraphs = [paragraph for paragraph in paragraphs if len(paragraph) > 20]
     sentences = list(read_documents(ASSETS / "demo/sib200/eng_Latn/train.tsv"))

@@ -1,4 +1,4 @@
-"""What an evaluation measures and writes at once, and how it goes on after a kill with what is written."""
+"""The unit of an evaluation. Each is written to its own file once measured, so a killed run can continue."""
 
 import contextlib
 import hashlib
@@ -17,27 +17,27 @@ from mala.running import distributed
 from mala.storage.files import read_json, write_json
 from mala.words.tokenizer import Tokenizer
 
-VERSION = 2  # raise it with every change of what this code predicts: what is kept is then measured anew
+VERSION = 2  # raise this with every change of the predictions: kept files are then no longer used
 
 
 @dataclass
 class Measurement:
-    """The texts of a language: documents, or the examples of a benchmark with one choice of shots."""
+    """The texts of one language: documents, or the examples of a benchmark with one choice of shots."""
 
     language: str
     texts: list[str] | list[Example]
-    seed: int | None = None  # of the examples
-    file: Path | None = None  # {"seconds": ..., "predictions": [...]}, once it is done
+    seed: int | None = None  # of the choice of shots
+    file: Path | None = None  # {"seconds": ..., "predictions": [...]}, written when it is done
 
     def size(self) -> int:
-        """In characters, for `deal`."""
+        """Return the number of characters, for `deal`."""
         return sum(len(text if isinstance(text, str) else text.context) for text in self.texts)
 
     def write(self, seconds: float, predictions: list[dict[str, Any]]) -> None:
         write_json(self.file, {"seconds": seconds, "predictions": predictions})
 
     def read(self) -> dict[str, Any] | None:
-        """What `write` wrote; None if it is not done, or its file is damaged, which is named on stderr."""
+        """Return what `write` wrote, or None if nothing usable is there. Name a damaged file on stderr."""
         with contextlib.suppress(UserError, KeyError, TypeError):
             done = read_json(self.file)
             if len(done["predictions"]) == len(self.texts) and done["seconds"] >= 0:
@@ -48,12 +48,13 @@ class Measurement:
 
 
 def checksum(parameter: Tensor) -> int:
-    """Σ (2 · position + 1) · number, its bits as an integer, modulo 2^64, added up where the parameter lies.
-    One other number always changes it, as do two that change places, if there are fewer than 2^31."""
+    """Return Σ (2 · position + 1) · bits, modulo 2^64, with each number's bits taken as an integer. It always
+    changes if one number changes, and if two numbers swap places in a parameter of fewer than 2^31 numbers.
+    It is computed on the parameter's device."""
     total = position = 0
-    for rows in distributed.parts(parameter):  # not all of a model that processes share
+    for rows in distributed.parts(parameter):  # part by part if the model is sharded
         numbers = rows.reshape(-1).view({2: torch.int16, 4: torch.int32}[rows.itemsize])
-        for some in numbers.split(2**24 if rows.is_cuda else 2**14):  # a CPU keeps so many in its caches
+        for some in numbers.split(2**24 if rows.is_cuda else 2**14):  # these fit a CPU's caches
             factors = torch.arange(2 * position + 1, 2 * (position + len(some)), 2, device=rows.device)
             total, position = total + (some * factors).sum(), position + len(some)
     return int(total)
@@ -67,9 +68,10 @@ def name_files(
     bench: str,
     protocol: str | None,
 ) -> None:
-    """Choose where predictions are kept: a digest of all they depend on tells what a run may go on with."""
+    """Set the file of each measurement. Its name has a digest of all that the predictions depend on, so a run
+    reuses only files that are still valid."""
     digest = hashlib.sha256(tokenizer.model)
-    lora = getattr(model, "lora_config", None)
+    lora = model.lora_config
     begins = None if protocol == "published" else tokenizer.bos_id
     device = model.lm_head.weight.device.type
     for value in (VERSION, torch.__version__, vars(model.config), lora, begins, device, bench, protocol):
@@ -84,7 +86,7 @@ def name_files(
 
 
 def deal(sizes: list[int], processes: int) -> list[list[int]]:
-    """Deal tasks out by number, the largest first, each to the process that has least to do so far."""
+    """Return the task numbers of each process. The largest tasks go first, to the least loaded process."""
     hands, loads = [[] for _ in range(processes)], [0] * processes
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         process = loads.index(min(loads))

@@ -9,7 +9,7 @@ from mala.storage.peft_adapter import merge_checkpoint
 
 @dataclass
 class Merge:
-    """Write a plain checkpoint, with the adapter merged into its base."""
+    """Merge an adapter into its base, and write a plain checkpoint."""
 
     model: str = option(REQUIRED, "the base checkpoint's folder")
     adapter: str = option(REQUIRED, "the adapter's folder")
@@ -17,7 +17,7 @@ class Merge:
 
     def run(self) -> None:
         merge_checkpoint(Path(self.model), Path(self.adapter), Path(self.out))
-        print(f"{self.out}: {self.model} + {self.adapter}, merged")
+        print(f"{self.out}: {self.adapter} merged into {self.model}")
 
 
 COMMANDS = {"merge": Merge}

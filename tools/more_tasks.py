@@ -1,8 +1,8 @@
-"""Benchmarks beyond the paper's two, each as its files are published, and EMMA-500's prompt for those two.
+"""Benchmarks beyond the paper's two, read from their published files, and EMMA-500's prompts for those two.
 
-Their questions are the language model evaluation harness's (lm-eval 0.4.13): Belebele, XCOPA and XStoryCloze
-as it asks them, MasakhaNEWS and AfriSenti by the first of AfroBench's prompts. docs/evaluation.md tells what
-is checked, and against what.
+The prompts are those of the language model evaluation harness (lm-eval 0.4.13). Belebele, XCOPA and
+XStoryCloze have its own prompts; MasakhaNEWS and AfriSenti have the first of AfroBench's prompts.
+docs/evaluation.md says what has been checked, and against what.
 """
 
 import csv
@@ -21,24 +21,24 @@ from mala.storage.corpus import LANGUAGE, check_languages
 from mala.storage.corpus_formats import read_lines
 from mala.words.tokenizer import Tokenizer
 
-Cells = dict[str, str]  # the column of a file -> what a row has there
-Question = tuple[str, list[str], int]  # the text before the answer, the choices, which is right, from 0
+Cells = dict[str, str]  # column of a file -> content of a row
+Question = tuple[str, list[str], int]  # text before the answer, choices, index of the right one from 0
 
 
 def pairs(words: str) -> dict[str, str]:
-    """`sw swh_Latn en eng_Latn` -> {"swh_Latn": "sw", "eng_Latn": "en"}"""
+    """Parse `sw swh_Latn en eng_Latn` into {"swh_Latn": "sw", "eng_Latn": "en"}."""
     listed = words.split()
     return dict(zip(listed[1::2], listed[::2]))
 
 
 class Published(Task):
-    """A benchmark with a file for each language and split. A subclass says what a row of it asks."""
+    """A benchmark with a file for each language and split. A subclass turns a row into a question."""
 
-    file: str  # below the benchmark's folder, or below the folder data/ there
-    splits = {"train": "train", "dev": "dev", "test": "test"}  # ours -> theirs
-    names: dict[str, str] = {}  # our language -> theirs; {}: theirs are like ours
-    columns: list[str]  # those that `ask` needs
-    by_place = False  # columns are told by their place, not by the header
+    file: str  # path in the benchmark's folder, or in its data/
+    splits = {"train": "train", "dev": "dev", "test": "test"}  # our name -> theirs
+    names: dict[str, str] = {}  # our language code -> theirs; {}: they are the same
+    columns: list[str]  # the columns that `ask` needs
+    by_place = False  # find columns by their position, not by the header
     prompt = "{text}"
     shots, protocol = 0, "natural"
 
@@ -46,7 +46,7 @@ class Published(Task):
         super().__init__(root / "data" if (root / "data").is_dir() else root)
 
     def ask(self, row: Cells, language: str) -> Question:
-        """What a row asks. A KeyError, ValueError or IndexError says that it is no row of this benchmark."""
+        """Return the question of a row. Raises KeyError, ValueError or IndexError if the row is malformed."""
         raise NotImplementedError
 
     def path(self, language: str, split: str) -> Path:
@@ -84,7 +84,7 @@ class Published(Task):
         return rows
 
     def read_table(self, file: Path) -> Iterator[tuple[int, Cells]]:
-        """(line, cells) of the rows of a CSV with tabs below a header, read as pandas reads it."""
+        """Yield (line number, cells) of a CSV file with tabs and a header, as pandas reads it."""
         rows = csv.reader((line for _, line in read_lines(file, is_csv=True)), delimiter="\t")
         header = next(rows, [])
         if missing := [name for name in self.columns if not self.by_place and name not in header]:
@@ -95,8 +95,8 @@ class Published(Task):
             for cells in rows:
                 if cells:
                     yield rows.line_num, dict(zip(header, cells))
-        except csv.Error as error:  # a quote that is not closed takes in the rest of the file
-            found = f"{file}: line {rows.line_num} is no CSV with tabs ({error})"
+        except csv.Error as error:  # an unclosed quote swallows the rest of the file
+            found = f"{file}: line {rows.line_num} is not CSV with tabs ({error})"
             raise UserError(f"{found}; download the file again") from None
 
 
@@ -107,7 +107,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, Cells]]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"{file}: line {number} is no JSON object; download the file again")
+            raise UserError(f"{file}: line {number} is not a JSON object; download the file again")
         yield number, row
 
 
@@ -116,7 +116,7 @@ def one_of(labels: list[str], label: str) -> tuple[list[str], int]:
 
 
 class Belebele(Published):
-    """Questions on a passage, four answers each, in 122 languages (arXiv 2308.16884): 900 a language."""
+    """Questions about a passage, four answers each, 122 languages (arXiv 2308.16884): 900 per language."""
 
     file, splits = "{language}.jsonl", {"test": "test"}
     columns = ["flores_passage", "question", *(f"mc_answer{i}" for i in range(1, 5)), "correct_answer_num"]
@@ -128,7 +128,7 @@ class Belebele(Published):
 
 
 class XCOPA(Published):
-    """Which is the cause, or the effect? In 11 languages (arXiv 2005.00333): 100 dev and 500 test rows."""
+    """Choice of the likelier cause or effect, 11 languages (arXiv 2005.00333): 100 dev and 500 test rows."""
 
     file, splits = "{language}/{split}.{language}.jsonl", {"dev": "val", "test": "test"}
     columns = ["premise", "choice1", "choice2", "question", "label"]
@@ -148,12 +148,12 @@ class XCOPA(Published):
 
 
 class XStoryCloze(Published):
-    """Which sentence ends the story? In 11 languages (arXiv 2112.10668): 360 train and 1,511 test rows."""
+    """Choice of a story's last sentence, 11 languages (arXiv 2112.10668): 360 train and 1,511 test rows."""
 
     file = "spring2016.val.{language}.tsv.split_20_80_{split}.tsv"
     splits = {"train": "train", "test": "eval"}
     columns = ["id", "1", "2", "3", "4", "ending 1", "ending 2", "right ending"]
-    by_place = True  # the header's names differ from copy to copy
+    by_place = True  # the header's names differ between copies
     names = pairs("ar arb_Arab en eng_Latn es spa_Latn eu eus_Latn hi hin_Deva id ind_Latn my mya_Mymr "
                   "ru rus_Cyrl sw swh_Latn te tel_Telu zh zho_Hans")  # fmt: skip
 
@@ -163,7 +163,7 @@ class XStoryCloze(Published):
 
 
 class MasakhaNEWS(Published):
-    """Topics of news in 16 languages of Africa (arXiv 2304.09972), told from their headlines."""
+    """Topics of news, predicted from headlines, in 16 languages used in Africa (arXiv 2304.09972)."""
 
     file, columns = "{language}/{split}.tsv", ["category", "headline"]
     labels = ["business", "entertainment", "health", "politics", "religion", "sports", "technology"]
@@ -178,7 +178,7 @@ class MasakhaNEWS(Published):
 
 
 class AfriSenti(Published):
-    """Sentiment of tweets in 14 languages of Africa, and English (arXiv 2302.08956)."""
+    """Sentiment of tweets in English and 14 other languages used in Africa (arXiv 2302.08956)."""
 
     file, columns = "{language}/{split}.tsv", ["tweet", "label"]
     labels = ["negative", "positive", "neutral"]
@@ -192,25 +192,25 @@ class AfriSenti(Published):
 
 
 class Emma(Task):
-    """A benchmark of the paper as EMMA-500 asks it (arXiv 2409.17892; `evaluation/` of MaLA-LM/emma-500)."""
+    """A benchmark of the paper in EMMA-500's protocol (arXiv 2409.17892, MaLA-LM/emma-500 `evaluation/`)."""
 
-    question: str  # for `prompt` where the answer is asked for
-    longest: int | None = None  # tokens of a context: the rest, with the question, is cut off its end
+    question: str  # asks for the answer; `prompt` is for the shots
+    longest: int | None = None  # most tokens of a context: its end, with the question, is cut off
     seed, protocol = 42, "emma"
 
     def examples(self, language: str, split: str = "test", shots: int = 3, seed: int = 42) -> list[Example]:
         train, rows = self.train_rows(language, shots), self.rows(language, split)
         seeds, examples = random.Random(seed), []
-        # Of equal scores theirs takes the label that comes last in the alphabet: labels can end alike.
+        # Labels that end in the same token have equal scores. EMMA-500 then takes the alphabetically last.
         labels = sorted(self.labels, reverse=True)
-        for row in rows:  # in the file's order: shots are drawn as pandas' DataFrame.sample draws them
+        for row in rows:  # the file's order decides each row's seed; pandas' DataFrame.sample draws like this
             draw = np.random.RandomState(seeds.randint(0, 1000))
             chosen = draw.choice(len(train), size=shots, replace=False).tolist() if shots else []
             shown = "\n".join(f"{self.prompt.format(text=train[i].text)} {train[i].label}" for i in chosen)
             asked = f"{shown}\n{self.question.format(text=row.text)}\n"
             context = f"Topic Classification: {', '.join(self.labels)}.\n\n{asked}"
             examples.append(Example(row.id, context, row.label, chosen, labels))
-        # The files are sorted by label: --limit would measure one of them.
+        # The files are sorted by label: without this --limit would measure only one label.
         return [examples[i] for i in np.random.default_rng(seed).permutation(len(rows))]
 
 
@@ -223,9 +223,9 @@ class EmmaTaxi1500(Emma, Taxi1500):
     longest = 2048
 
     def rows(self, language: str, split: str) -> list[Row]:
-        """Trap: they read the raw file as CSV. Quotes around a verse are dropped, and so are a verse that
-        goes on after its quotes, and those after one whose quotes do not close."""
-        super().rows(language, split)  # for its errors
+        """Return the rows as EMMA-500 reads them. Trap: it reads the raw file as CSV, so it drops the quotes
+        around a verse, a verse that goes on after its quotes, and the verses after an unclosed quote."""
+        super().rows(language, split)  # raises the usual errors
         lines = (line for _, line in read_lines(self.path(language, split), is_csv=True))
         kept, rows, cells = [], csv.reader(lines, delimiter="\t", strict=True), []
         while cells is not None:
@@ -243,7 +243,7 @@ class EmmaTaxi1500(Emma, Taxi1500):
 
 
 def encode_emma(tokenizer: Tokenizer, examples: list[Example], longest: int | None = None) -> Encoded:
-    """`<s>` first; of a label the last token only, which is compared right after the context."""
+    """Encode contexts after `<s>`, and only the last token of a label, which is scored after the context."""
     contexts = tokenizer.encode_batch([example.context for example in examples], bos=True)
     last = {label: tokenizer.encode(f" {label}")[-1:] for label in examples[0].choices}
     return [(ids[:longest], [last[label] for label in one.choices]) for ids, one in zip(contexts, examples)]
@@ -260,11 +260,12 @@ EMMA: dict[str, type[Emma]] = {"sib200": EmmaSIB200, "taxi1500": EmmaTaxi1500}
 
 
 def find_task(bench: str, protocol: str | None) -> type[Task]:
-    """The class of a benchmark. Raises UserError for a protocol that it does not have."""
+    """Return the class of a benchmark. Raises UserError if it lacks the protocol."""
     if protocol == "emma" and bench not in EMMA:
         raise UserError(f"--protocol emma is for {' and '.join(EMMA)}, not for {bench}; leave it out")
     return EMMA[bench] if protocol == "emma" else ALL_TASKS[bench]
 
 
 def find_encoding(bench: str, protocol: str) -> Callable[[Tokenizer, list[Example]], Encoded]:
+    """Return the function that encodes examples for a protocol."""
     return partial(encode_emma, longest=EMMA[bench].longest) if protocol == "emma" else PROTOCOLS[protocol]

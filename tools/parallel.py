@@ -1,12 +1,12 @@
-"""The documents of `evaluate.py --bench nll`, and those bytes by which parallel texts are normalised.
+"""Read the documents of `evaluate.py --bench nll`, and the number of bytes that normalises parallel texts.
 
-Two collections of parallel texts are read as they are downloaded, all others are a corpus:
+Two collections of parallel texts are read as downloaded. Everything else is read as a corpus:
 
-    flores200_dataset/dev/swh_Latn.dev, devtest/swh_Latn.devtest    FLORES-200: a sentence a line, the same
+    flores200_dataset/dev/swh_Latn.dev, devtest/swh_Latn.devtest    FLORES-200: a sentence per line, parallel
     swh-x-bible-….txt, swh_….ebible.txt                             the Parallel Bible Corpus: verses with ids
 
-Of several Bible editions in a language that with most verses counts, of several such the first by name; and
-of all verses those that every measured language has.
+If a language has several Bible editions, the one with the most verses is used, or the first of these by name.
+Only the verses that all measured languages have are used.
 """
 
 import re
@@ -21,18 +21,18 @@ from mala.storage.corpus import LANGUAGE, Corpus, some
 from mala.storage.corpus_formats import BadLines, read_lines, say_once
 from tools.bible import language_of, read_edition
 
-ENGLISH = "eng_Latn"  # its bytes count for the two collections, if it is there and no other is asked for
+ENGLISH = "eng_Latn"  # the two collections are normalised by its bytes by default
 FLORES = {"dev": "dev", "test": "devtest"}  # our splits -> theirs
-HEAD = 400  # lines of an edition that tell its language and script
-Choose = Callable[[list[str]], list[str]]  # of the languages that are there those to measure
-Documents = dict[str, list[str]]  # of each language
-Found = tuple[Documents, list[str], str | None]  # and which to measure, and whose bytes count
+HEAD = 400  # lines that are read to find an edition's language and script
+Choose = Callable[[list[str]], list[str]]  # narrows the languages found to those to measure
+Documents = dict[str, list[str]]  # language -> documents
+Found = tuple[Documents, list[str], str | None]  # and languages to measure, and whose bytes count
 
 
 def read_documents(settings: Any, data: Path, choose: Choose) -> tuple[Documents, dict[str, Any]]:
-    """The documents to measure, and, if they are parallel, what results.json says of it: `parallel_to`, a
-    language, and `parallel_bytes`, the UTF-8 bytes of its documents. Raises UserError if there is no such
-    language, or texts are not parallel: of other numbers."""
+    """Read the documents to measure. For parallel texts also return fields of results.json: `parallel_to`,
+    the language whose bytes count, and `parallel_bytes`, the UTF-8 bytes of its documents. Raises UserError
+    if that language is missing, or if languages have different numbers of documents."""
     found = read_flores(settings, data, choose) or read_bibles(settings, data, choose)
     documents, measured, to = found or read_corpus(settings, data, choose)
     documents = {language: texts[: settings.limit] for language, texts in documents.items()}
@@ -55,7 +55,7 @@ def read_corpus(settings: Any, data: Path, choose: Choose) -> Found:
 
 
 def read_flores(settings: Any, data: Path, choose: Choose) -> Found | None:
-    """None if this is no FLORES-200."""
+    """Read FLORES-200. Return None if `data` does not hold it."""
     for folder in (data, data / "flores200_dataset"):
         if not any(folder.glob("dev*/*_*.dev*")):
             continue
@@ -69,7 +69,7 @@ def read_flores(settings: Any, data: Path, choose: Choose) -> Found | None:
 
 
 def read_bibles(settings: Any, data: Path, choose: Choose) -> Found | None:
-    """None if here are no editions of the Parallel Bible Corpus."""
+    """Read the Parallel Bible Corpus. Return None if `data` holds no edition of it."""
     files, editions, found = sorted(data.glob("*.txt")), defaultdict(list), {}
     if not files or not is_edition(files[0]):
         return None
@@ -94,7 +94,7 @@ def read_bibles(settings: Any, data: Path, choose: Choose) -> Found | None:
 
 
 def is_edition(file: Path) -> bool:
-    """Does the first line that is no comment begin with a verse id?"""
+    """Return whether the first line that is not a comment begins with a verse id."""
     lines = (line for _, line in islice(read_lines(file, BadLines(file, skip=True)), HEAD))
     line = next((line for line in lines if not line.startswith("#")), "")
     return re.match("[0-9]{8}\t", line) is not None
@@ -103,16 +103,16 @@ def is_edition(file: Path) -> bool:
 def check_settings(settings: Any, what: str, splits: Any) -> None:
     for name in ("held_out", "max_held_out", "text_field", "skip_bad_lines"):
         if getattr(settings, name) != getattr(type(settings), name):  # its default
-            raise UserError(f"--{name.replace('_', '-')} changes nothing in {what}; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} has no effect on {what}; leave it out")
     if settings.split not in splits:
-        raise UserError(f"{what} has the splits {', '.join(splits)}, expected --split {settings.split}")
+        raise UserError(f"{what} has no split {settings.split}, expected --split {' or '.join(splits)}")
 
 
 def with_one_more(
     settings: Any, data: Path, chosen: list[str], found: list[str]
 ) -> tuple[list[str], str | None]:
-    """The chosen languages with that whose bytes count, and that. Raises UserError if it is not there, or one
-    that --langs names."""
+    """Return the chosen languages plus the one whose bytes count, and that one. Raises UserError if this or
+    a language of --langs is missing."""
     to = settings.parallel_to or (ENGLISH if ENGLISH in found else None)
     for language in filter(None, (to, *settings.langs)):
         if language not in found:
@@ -121,10 +121,10 @@ def with_one_more(
 
 
 def count_bytes(data: Path, documents: Documents, to: str) -> int:
-    """UTF-8 bytes of the documents of the language `to`. Raises UserError if others have more or fewer."""
+    """Count the UTF-8 bytes of `to`'s documents. Raises UserError if a language has more or fewer of them."""
     expected = len(documents[to])
     for language, texts in documents.items():
         if len(texts) != expected:
             found = f"{data}: {language} has {len(texts):,} documents, and {to} {expected:,}"
-            raise UserError(f"{found}; --parallel-to takes parallel texts: leave it out, or {language}")
+            raise UserError(f"{found}; --parallel-to needs parallel texts: leave it or {language} out")
     return sum(len(text.encode()) for text in documents[to])

@@ -1,4 +1,4 @@
-"""Pictures of a run, of a benchmark and of fertility. They need matplotlib (`pip install matplotlib`)."""
+"""Pictures of a training run, of benchmark results and of fertility. They need matplotlib."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from mala.storage.corpus import script_of
 from mala.storage.files import atomic_path
 from tools.fertility import by_unit
 
-MAX_NAMES = 120  # languages that are named below a picture; of more the names could not be read
+MAX_NAMES = 120  # languages named on the x axis; with more, the names would be unreadable
 
 
 def is_available() -> bool:
-    """Whether matplotlib can be imported."""
+    """Return whether matplotlib can be imported."""
     try:
         import matplotlib  # noqa: F401
-    except ImportError:  # not there, or broken
+    except ImportError:  # not installed, or broken
         return False
     return True
 
 
 @contextlib.contextmanager
 def picture(path: Path, panels: int = 1, **options: Any) -> Iterator[Any]:
-    """Yield the axes of a new figure, one or a row of them, to draw on; save it when the block ends."""
+    """Yield the axes of a new figure (one, or a row of `panels`). Save the figure when the block ends."""
     if not is_available():
-        raise UserError(f"{path}: a picture takes matplotlib: pip install matplotlib")
+        raise UserError(f"{path}: pictures need matplotlib; install it with `pip install matplotlib`")
     import matplotlib
 
-    matplotlib.use("Agg")  # to a file: no window
+    matplotlib.use("Agg")  # draws to a file, without a window
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, panels, **options)
@@ -50,7 +50,7 @@ def picture(path: Path, panels: int = 1, **options: Any) -> Iterator[Any]:
 
 
 def name_languages(axis: Any, languages: list[str], order: str) -> None:
-    """Give each language a place on the x axis, and its name; tell only the `order` if they are too many."""
+    """Name the languages on the x axis. If they are too many, give only their number and `order`."""
     names = languages if len(languages) <= MAX_NAMES else []
     axis.set_xlim(-1, len(languages))
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
@@ -59,12 +59,12 @@ def name_languages(axis: Any, languages: list[str], order: str) -> None:
 
 
 def width_of(languages: list[str]) -> float:
-    """The width of a picture in inches: enough to read the names, as long as there are few."""
+    """Return the width of a picture in inches. It grows with the number of names, up to a limit."""
     return min(max(4.0, 1.5 + len(languages) * 0.15), 16)
 
 
 def log_scale(axis: Any) -> None:
-    """Make the y axis logarithmic, with numbers at 1, 2 and 5 times powers of ten."""
+    """Make the y axis logarithmic, with ticks at 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import LogLocator
 
     axis.set_yscale("log")
@@ -74,7 +74,7 @@ def log_scale(axis: Any) -> None:
 
 
 def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None:
-    """Draw loss.png, the loss as training went, and nll.png, the NLL of every language before and after."""
+    """Draw loss.png, the loss during training, and nll.png, the NLL of every language before and after it."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     with picture(out / "loss.png", figsize=(7, 4)) as axis:
         axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1.5)
@@ -104,7 +104,7 @@ def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None
 
 
 def draw_results(result: dict[str, Any], path: Path) -> None:
-    """Draw a benchmark's figures, sorted, with their 95 % intervals, and the baselines of accuracies."""
+    """Draw the figures of a benchmark with 95 % intervals, best first; accuracies come with baselines."""
     languages, of_nll = result["languages"], result["bench"] == "nll"
     key = "nll_per_document" if of_nll else "accuracy"
     names = sorted(languages, key=lambda language: languages[language][key], reverse=not of_nll)
@@ -131,7 +131,7 @@ def draw_results(result: dict[str, Any], path: Path) -> None:
 
 
 def _short(path: str) -> str:
-    """The name a reader knows a model by: out/mine/adapter -> mine, the hub's cache -> org/name."""
+    """Return the name that readers know a model by: out/mine/adapter -> mine, the hub's cache -> org/name."""
     if of_hub := re.search(r"models--([^/]+?)--([^/]+)/snapshots/", path):
         return "/".join(of_hub.groups())
     parts = [part for part in Path(path).parts if part not in ("base", "adapter")]
@@ -139,7 +139,7 @@ def _short(path: str) -> str:
 
 
 def draw_fertility(report: dict[str, Any], path: Path) -> None:
-    """Draw fertility before and after: languages sorted, scripts coloured, a panel for each unit."""
+    """Draw fertility before and after extension: languages sorted, coloured by script, a panel per unit."""
     sides = report["languages"]
     panels = list(by_unit(sides).items())
     widths = [max(1.6, min(len(chosen) * 0.13, 10)) for _, chosen in panels]
@@ -149,7 +149,7 @@ def draw_fertility(report: dict[str, Any], path: Path) -> None:
 
         by_size = Counter(map(script_of, sides)).most_common()
         palette = list(plt.get_cmap("tab10").colors)
-        del palette[7]  # grey, for the others
+        del palette[7]  # grey marks all other scripts
         colors = dict(zip([script for script, _ in by_size], palette))
         for axis, (unit, chosen) in zip(axes[0], panels):
             chosen.sort(key=lambda language: sides[language]["base"]["fertility"])

@@ -1,15 +1,17 @@
-"""What a run shows: a progress bar, or without a terminal a line for each logged step, such as
+"""Report a run's progress: on a terminal with a bar, otherwise with a line for each logged step, such as
 
     step 20 of 162: loss 6.021, lr 5.00e-03, 3,120 tokens/s, 0.61 GB, 0:01:32 left
 
-(on known GPUs with the MFU); metrics.jsonl; and TensorBoard if asked for.
+with the MFU (model FLOPs utilisation) on known GPUs. A run also writes metrics.jsonl, and if asked to,
+TensorBoard's files. metrics.jsonl holds one JSON object per logged step:
 
-metrics.jsonl holds one JSON object per logged step: `step`, `tokens` (seen so far), `loss` (nats a token, the
-mean since the line before), `lr`, `grad_norm`, `tokens_per_second`, `waiting` (the share of the time in which
-the model waited for data), `peak_memory_gb`, on known GPUs `mfu`, and if held-out text was measured
-`nll_per_document` (nats, the macro-average) and `languages`, language -> nats a document; with --samples also
-`samples`, language -> text. The first line of a process has `first_step_seconds`: that step compiles, and no
-speed counts it.
+- `step`; `tokens`: the number seen so far.
+- `loss`: nats per token, the mean since the previous line; `lr`; `grad_norm`.
+- `tokens_per_second`; `waiting`: the share of the time that the model waited for data; `peak_memory_gb`;
+  `mfu`, on known GPUs.
+- `nll_per_document`: nats, the macro-average, and `languages`: language -> nats per document, if held-out
+  text was measured; `samples`: language -> text, with --samples.
+- `first_step_seconds`, on the first line of a process: it compiles the model, and no speed includes it.
 """
 
 import contextlib
@@ -30,14 +32,18 @@ from mala.storage.files import atomic_file, named
 
 
 class RunLog:
-    """Only the main process writes; the others keep the same state, which goes into every checkpoint. state:
-    of the checkpoint that the run goes on from, else `{"step": 0}`. tokens and flops: of a step, in all
-    processes. peak: FLOP/s of the GPU, 0 if that is not known."""
+    """The log of a run. Only the main process writes; the others keep the same state for the checkpoints.
+
+    - state: from the checkpoint that the run continues from, else `{"step": 0}`.
+    - steps: the number of steps of the whole run.
+    - tokens, flops: of one step, over all processes.
+    - peak: FLOP/s of the GPU, or 0 if unknown.
+    """
 
     def __init__(
         self, out: Path, state: dict, steps: int, tokens: int, flops: int, peak: float, world: World
     ):
-        self.state = {"logged_step": 0, "loss": 0.0, **state}  # `loss` is summed up from one line to the next
+        self.state = {"logged_step": 0, "loss": 0.0, **state}  # `loss`: the sum since the last line
         self.tokens, self.flops, self.peak, self.world = tokens, flops, peak, world
         self.timed_from, self.time, self.waited, self.first = state["step"], time.perf_counter(), 0.0, None
         self.file = self.tensorboard = None
@@ -51,11 +57,11 @@ class RunLog:
         if self.file:
             from torch.utils.tensorboard import SummaryWriter
 
-            first = self.timed_from + 1 if self.timed_from else None  # from there on a killed run's goes
+            first = self.timed_from + 1 if self.timed_from else None  # drop a killed run's later points
             self.tensorboard = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=first)
 
     def add(self, loss: float, waited: float) -> None:
-        """After every step: its loss, and the seconds that it waited for data."""
+        """Record one step: its loss, and the seconds that it waited for data."""
         self.state["loss"] += loss
         self.waited += waited
         if self.first is None:
@@ -73,10 +79,14 @@ class RunLog:
         samples: dict[str, str] | None = None,
         **figures: float,
     ) -> None:
-        """A line of metrics.jsonl, for the steps since the last. nll: of held-out text, if measured. samples:
-        language -> what the model made of a text."""
+        """Write a line of metrics.jsonl for the steps since the last line.
+
+        - nll: the results on held-out text, if it was measured.
+        - samples: language -> a text that the model continued.
+        - figures: more fields of the line, such as `lr`.
+        """
         seconds, steps = time.perf_counter() - self.time, step - self.timed_from
-        if not steps:  # the line of the first step alone
+        if not steps:  # only the first step so far: it is timed apart
             seconds, steps = self.first, 1
         speed = steps * self.tokens / seconds
         loss = self.state["loss"] / (step - self.state["logged_step"])
@@ -98,7 +108,7 @@ class RunLog:
         if self.file:
             with named(self.path):
                 self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            if self.bar.disable:  # there is no terminal
+            if self.bar.disable:  # no terminal
                 print(self.describe(line, seconds / steps), flush=True)
             for language, text in (samples or {}).items():
                 self.bar.write(f"{language}: {text}")
@@ -110,7 +120,7 @@ class RunLog:
         self._time_from(step)
 
     def describe(self, line: dict, seconds: float) -> str:
-        """What a person wants to know of a line of metrics.jsonl. seconds: that a step takes."""
+        """Return a line of metrics.jsonl as text for people. seconds: the time of one step."""
         said = [f"loss {line['loss']:.3f}", f"lr {line['lr']:.2e}"]
         said += [f"{line['tokens_per_second']:,.0f} tokens/s"]
         said += [f"MFU {line['mfu']:.1%}"] if "mfu" in line else []
@@ -120,14 +130,14 @@ class RunLog:
         return f"step {line['step']:,} of {self.bar.total:,}: {', '.join(said)}, {left} left"
 
     def flush(self) -> None:
-        """To the disk itself: a checkpoint must not be there without the lines before it."""
+        """Flush metrics.jsonl to the disk, so that no checkpoint outlives the lines before it."""
         if self.file:
             with named(self.path):
                 os.fsync(self.file.fileno())
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in the block, such as saving, does not count in the speed of training."""
+        """Exclude the time of the `with` block, for example for saving, from the training speed."""
         began = time.perf_counter()
         yield
         self.time += time.perf_counter() - began
@@ -139,7 +149,7 @@ class RunLog:
 
 
 def rewind(metrics: Path, step: int) -> None:
-    """Take away the lines after `step`, which a killed run wrote, the last maybe by half."""
+    """Remove the lines after `step`. A killed run wrote them, and the last one may be incomplete."""
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines() if step and metrics.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -150,12 +160,12 @@ def rewind(metrics: Path, step: int) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """In bytes: of the GPU if there is one, else the resident memory of the process."""
+    """Return the peak memory in bytes: of the GPU if there is one, else the process's resident memory."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")  # Linux's ru_maxrss is never below that of the parent process
+    status = Path("/proc/self/status")  # not ru_maxrss: on Linux it starts at the parent's peak
     if found := status.exists() and re.search(r"VmHWM:\s+(\d+) kB", status.read_text()):
         return int(found[1]) * 1024
-    import resource  # not on Windows, which no other part needs to know
+    import resource  # imported here because Windows lacks it
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

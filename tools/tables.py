@@ -1,4 +1,4 @@
-"""The tables that commands print, most of them with a line a language."""
+"""Print the tables of the commands. Most of them have one line per language."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from mala.benchmarks.results import Figures, Languages, by_script, macro
 
 Row = Sequence[str]
-MAX_ROWS = 40  # of a printed table
+MAX_ROWS = 40  # a longer table is printed without its middle
 
 
 def print_table(header: Row, rows: Sequence[Row], last: Sequence[Row] = ()) -> None:
-    """Print columns, the first aligned left, the others right; the middle of very many `rows` is left out."""
+    """Print columns, the first aligned left and the others right. Cut out the middle of very many `rows`."""
     if len(rows) > MAX_ROWS:
         hidden = [f"… {len(rows) - MAX_ROWS} more …", *[""] * (len(header) - 1)]
         rows = [*rows[: MAX_ROWS // 2], hidden, *rows[-MAX_ROWS // 2 :]]
@@ -22,8 +22,8 @@ def print_table(header: Row, rows: Sequence[Row], last: Sequence[Row] = ()) -> N
 
 
 def print_nll(before: dict[str, Any], after: dict[str, Any], known: Collection[str] = ()) -> None:
-    """A table of languages, best first, below it those that the base `known` before, and a line of summary
-    for all of them and, if there are both, for either."""
+    """Print a table of languages, best first, with the base's `known` languages at the end. Print a summary
+    line for all languages, and if some are known and some new, also one for each kind."""
     changes = {
         language: after["languages"][language]["nll_per_document"] / was["nll_per_document"] - 1
         for language, was in before["languages"].items()
@@ -39,7 +39,7 @@ def print_nll(before: dict[str, Any], after: dict[str, Any], known: Collection[s
     print_table(header, [rows[one] for one in new], [rows[one] for one in old])
     for members, kind in ((new, " new to the base"), (old, " of the base"), ([*new, *old], "")):
         if kind and not (new and old):
-            continue  # they are all
+            continue  # one group is all languages
         b, a = (macro({one: of["languages"][one] for one in members}) for of in (before, after))
         change = a["nll_per_document"] / b["nll_per_document"] - 1
         languages = f"{len(members)} language{'s' * (len(members) > 1)}"
@@ -52,7 +52,7 @@ def print_nll(before: dict[str, Any], after: dict[str, Any], known: Collection[s
 
 
 def print_results(result: dict[str, Any]) -> None:
-    """The table, best languages first; how many of them are above the baseline; what seeds change."""
+    """Print a table, best languages first, how many beat the baseline, and how much the seed changes."""
     languages, total = result["languages"], result["macro"]
     if "nll_per_document" in total:
         columns = dict(OF_DOCUMENTS)
@@ -63,14 +63,14 @@ def print_results(result: dict[str, Any]) -> None:
         tabulate(result, OF_EXAMPLES, "accuracy", descending=True)
         above = [one for one in languages.values() if one["accuracy"] > one["majority"]]
         surely = sum(one["ci95"] is not None and one["ci95"][0] > one["majority"] for one in above)
-        count = f"{len(above)} of {len(languages)} languages, with their whole interval {surely}"
+        count = f"{len(above)} of {len(languages)} languages, {surely} of them with the whole interval"
         print(f"above the majority class: {count}")
     if "seed_sd" in total:
         by_seed = ", ".join(f"{seed}: {value:.3f}" for seed, value in total["accuracy_by_seed"].items())
         print(f"macro-average by seed: {by_seed} (standard deviation {total['seed_sd']:.3f})")
 
 
-Columns = dict[str, tuple[str, str]]  # title -> a figure and its format
+Columns = dict[str, tuple[str, str]]  # title -> key of a figure, and its format
 OF_DOCUMENTS: Columns = {
     "documents": ("documents", ","),
     "NLL/document": ("nll_per_document", ".2f"),
@@ -89,8 +89,8 @@ OF_EXAMPLES: Columns = {
 
 
 def tabulate(result: dict[str, Any], columns: Columns, key: str, descending: bool = False) -> None:
-    """A table of languages in order of the figure `key`, then of groups and the macro-average. An average has
-    no counts of its own: it shows the sums of its languages' counts."""
+    """Print a table of languages in the order of the figure `key`, then groups and the macro-average. In the
+    columns of counts, groups and the average show the sum over their languages."""
 
     def row(name: str, figures: Figures, members: Languages) -> list[str]:
         cells = [name]
@@ -99,7 +99,7 @@ def tabulate(result: dict[str, Any], columns: Columns, key: str, descending: boo
             if isinstance(value, list):
                 cells.append(f"{value[0]:{form}} to {value[1]:{form}}")
             elif value is None:
-                cells.append("")  # a single value has no interval
+                cells.append("")  # one value alone has no interval
             else:
                 cells.append("<0.001" if figure == "p" and value < 0.001 else f"{value:{form}}")
         return cells

@@ -1,4 +1,4 @@
-"""What evaluate.py leaves in --out: predictions.jsonl, then results.json, a table, and a picture."""
+"""Write the output of evaluate.py: predictions.jsonl, then results.json, a printed table and a picture."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from tools.tables import print_results
 
 
 def write_results(measurements: list[Measurement], out: Path, settings: Any, of_run: dict) -> None:
-    """Write and print them. of_run: what `results.json` says of the run beside evaluate.py's `settings`."""
+    """Write and print the results. of_run: more facts on the run for results.json, besides `settings`."""
     file = out / "results.json"
-    file.unlink(missing_ok=True)  # an earlier run's: it must not stand beside other predictions
+    file.unlink(missing_ok=True)  # an earlier run's: it must not remain with newer predictions
     seconds, by_language = 0.0, defaultdict(list)
     with atomic_file(out / "predictions.jsonl") as lines:
         for one in measurements:
@@ -39,7 +39,7 @@ def write_results(measurements: list[Measurement], out: Path, settings: Any, of_
         "limit": settings.limit,
         **with_macro(languages, settings.group_by),
         "seconds": seconds,
-        "examples_per_second": texts / seconds,  # of scoring, of all processes and runs together
+        "examples_per_second": texts / seconds,  # scoring only, over all processes and runs
     }
     write_json(file, result)
     print_results(result)
@@ -49,5 +49,5 @@ def write_results(measurements: list[Measurement], out: Path, settings: Any, of_
     if pictures.is_available():
         try:
             pictures.draw_results(result, out / "results.png")
-        except UserError as error:  # the figures are safe
+        except UserError as error:  # not fatal: the results are written
             print(f"no picture: {error}", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""SIB-200 and Taxi1500: what is asked, which shots are shown, and what the answers are worth."""
+"""SIB-200 and Taxi1500: the questions, the choice of shots, and the figures computed from the answers."""

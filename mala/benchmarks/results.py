@@ -1,7 +1,7 @@
-"""What a careful reader wants beside a score: intervals, baselines, and averages over groups.
+"""Compute figures from predictions: scores, confidence intervals, baselines, and averages over languages.
 
-A *prediction* is one line of predictions.jsonl: `lang`, `id` and, of a document, `nll` (nats), `tokens` and
-`bytes` (UTF-8); of an example `seed`, `shots`, `label`, `prediction` and `loglikelihoods` (label -> nats).
+A *prediction* is a line of predictions.jsonl: `lang`, `id`, and for a document `nll` (nats), `tokens` and
+`bytes` (UTF-8), for an example `seed`, `shots`, `label`, `prediction`, `loglikelihoods` (label -> nats).
 """
 
 import math
@@ -14,14 +14,14 @@ import numpy as np
 
 from mala.storage.corpus import script_of
 
-RESAMPLES = 2000  # of a bootstrap
+RESAMPLES = 2000  # per bootstrap
 Prediction = dict[str, Any]
-Figures = dict[str, Any]  # of a language, or averages over some
+Figures = dict[str, Any]  # name -> figure, of a language or a macro-average
 Languages = dict[str, Figures]
 
 
 def bootstrap(values: list[float]) -> list[float] | None:
-    """95 % interval of the mean by the percentile bootstrap (Efron & Tibshirani 1993); None for one value."""
+    """Return the mean's 95 % percentile bootstrap interval (Efron & Tibshirani 1993); None for one value."""
     n, x, rng = len(values), np.asarray(values), np.random.default_rng(0)
     if n < 2:
         return None
@@ -30,25 +30,25 @@ def bootstrap(values: list[float]) -> list[float] | None:
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[int]:
-    """`rows` in parts of about a million numbers, so that many columns need no more memory."""
+    """Yield parts of `rows` that hold about a million numbers each, to limit memory if `columns` is large."""
     for start in range(0, rows, size := max(1, 2**20 // columns)):
         yield min(size, rows - start)
 
 
 def best_label(prediction: Prediction, per_character: bool = False) -> str:
-    """The label with the largest log-likelihood, in all or per character, the first of equals."""
+    """Return the label with the largest log-likelihood, total or per character; of equals, the first."""
     scores = prediction["loglikelihoods"]
     return max(scores, key=lambda label: scores[label] / (len(label) if per_character else 1))
 
 
 def value_of(prediction: Prediction) -> float:
-    """What is averaged and compared: the nats of a document, or whether an example's label is right."""
+    """Return the value to average and compare: a document's NLL, or 1 if an example is right, else 0."""
     is_document = "nll" in prediction
     return prediction["nll"] if is_document else float(prediction["prediction"] == prediction["label"])
 
 
 def means_by(key: str, predictions: list[Prediction]) -> dict[Any, float]:
-    """The mean value of the predictions with each `id`, or each `seed`."""
+    """Return the mean value of the predictions for each `id` or each `seed`."""
     values = defaultdict(list)
     for one in predictions:
         values[one[key]].append(value_of(one))
@@ -56,9 +56,9 @@ def means_by(key: str, predictions: list[Prediction]) -> dict[Any, float]:
 
 
 def summarise(predictions: list[Prediction]) -> Figures:
-    """One language's figures, NLL in nats, `ci95` over its documents or examples. `majority` and `uniform`
-    are the accuracies of always giving the most frequent label, or place of a choice, and of guessing."""
-    ci95 = bootstrap(list(means_by("id", predictions).values()))  # an example counts once, whatever the seeds
+    """Return one language's figures. NLL is in nats, `ci95` is over documents or examples. `majority` is the
+    accuracy of always choosing the label's most frequent position, `uniform` that of guessing."""
+    ci95 = bootstrap(list(means_by("id", predictions).values()))  # an example counts once, not per seed
     n = len(predictions)
     if "nll" in predictions[0]:
         nll, tokens, size = (sum(one[key] for one in predictions) for key in ("nll", "tokens", "bytes"))
@@ -81,8 +81,8 @@ def summarise(predictions: list[Prediction]) -> Figures:
 
 
 def macro(languages: Languages) -> Figures:
-    """The mean over languages, all of the same weight, of each figure that is no count; `ci95` is over them.
-    `seed_sd` is the standard deviation of the mean accuracy over the seeds, which choose the shots."""
+    """Return the macro-average: the mean of every figure over languages, except counts. `ci95` is over
+    languages, `seed_sd` is the standard deviation over seeds (choices of shots) of the mean accuracy."""
     members = list(languages.values())
     first, main = members[0], "accuracy" if "accuracy" in members[0] else "nll_per_document"
     result = {key: mean([one[key] for one in members]) for key in first if isinstance(first[key], float)}
@@ -94,7 +94,7 @@ def macro(languages: Languages) -> Figures:
 
 
 def with_macro(languages: Languages, group_by: str | None = None, average: Callable = macro) -> dict:
-    """`{"languages": ..., "macro": ...}`, and, if grouped by script, `"groups"`: script -> macro-average."""
+    """Return `{"languages": ..., "macro": ...}`. If grouped by script, add `"groups"`: script -> average."""
     result = {"languages": languages, "macro": average(languages)}
     if group_by == "script":
         groups = by_script(languages)
@@ -103,7 +103,7 @@ def with_macro(languages: Languages, group_by: str | None = None, average: Calla
 
 
 def by_script(languages: Languages) -> list[tuple[str, Languages]]:
-    """(script, those of the languages that are written in it), in order of script."""
+    """Return (script, the languages written in it), sorted by script."""
     members = defaultdict(dict)
     for language, figures in languages.items():
         members[script_of(language)][language] = figures

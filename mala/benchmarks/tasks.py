@@ -1,4 +1,4 @@
-"""SIB-200 and Taxi1500: how their files lie and what is asked, in MaLA-500's protocol, docs/evaluation.md."""
+"""Read SIB-200 and Taxi1500, and build their prompts by MaLA-500's protocol (see docs/evaluation.md)."""
 
 from collections import namedtuple
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from mala.cli import UserError
 from mala.storage.corpus import LANGUAGE, check_languages
 from mala.storage.corpus_formats import SIB200_HEADER, read_tsv
 
-Row = namedtuple("Row", ["id", "label", "text", "choices"])  # of a file; the label is one of the choices
+Row = namedtuple("Row", ["id", "label", "text", "choices"])  # label is one of choices
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row to be labelled: after `context` the model compares `choices`, one of which is the label. `shots`
-    are row numbers in the train split, from 0."""
+    """A row to label. The model scores each of `choices` after the prompt `context`; one of them is `label`.
+    `shots` are row numbers in the train split, from 0."""
 
     id: str
     context: str
@@ -27,17 +27,17 @@ class Example:
 
 
 class Task:
-    """A benchmark in which a text has one of a few labels. Another is another small subclass in TASKS."""
+    """A benchmark that gives each text one of a few labels. To add one, list a subclass in TASKS."""
 
-    file: str  # of a language and a split, below the benchmark's folder
-    header: list[str] | None = None  # the first line of a file; a file that has one is CSV with tabs
-    labels: list[str]  # in the published order: of labels with equal scores the first is taken
-    prompt: str  # before the label
-    shots, seed, protocol = 3, 1234, "published"  # where no settings say otherwise
+    file: str  # a pattern with {language} and {split}, below the benchmark's folder
+    header: list[str] | None = None  # first line of a file; with a header a file is CSV with tabs
+    labels: list[str]  # in the published order: if scores are equal, the first label wins
+    prompt: str  # the text before the label
+    shots, seed, protocol = 3, 1234, "published"  # defaults, if the settings give none
 
     def __init__(self, root: Path):
         self.root = root
-        self.layout = f"{self.path('swh_Latn', 'test')} and its like"  # for errors
+        self.layout = f"files such as {self.path('swh_Latn', 'test')}"  # for error messages
         if not root.is_dir():
             raise UserError(f"{root}: there is no such folder; expected {self.layout}")
 
@@ -45,7 +45,7 @@ class Task:
         return self.root / self.file.format(language=language, split=split)
 
     def languages(self, chosen: tuple[str, ...] = ()) -> list[str]:
-        """The languages that have a folder, in order, or those of them that are `chosen`."""
+        """Return the languages that have a folder, sorted; if `chosen` is given, only those."""
         folders = (entry.name for entry in self.root.iterdir() if entry.is_dir())
         found = sorted(filter(LANGUAGE.fullmatch, folders))
         if not found:
@@ -53,7 +53,7 @@ class Task:
         return check_languages(self.root, found, chosen)
 
     def rows(self, language: str, split: str) -> list[Row]:
-        """The rows of a split, texts as they stand. Raises UserError for a missing or wrong file or line."""
+        """Return the rows of a split, texts unchanged. Raises UserError for a missing or malformed file."""
         file = self.path(language, split)
         if not file.is_file():
             raise UserError(f"{file}: there is no such file; expected the {split} split of {language}")
@@ -67,7 +67,7 @@ class Task:
         for number, (id, label, text) in lines:
             where = f"{file}: line {number}"
             if ids.setdefault(id, number) != number:
-                raise UserError(f"{where} has the id {id!r} of line {ids[id]}; every row needs its own")
+                raise UserError(f"{where} has the same id as line {ids[id]}, {id!r}; every row needs its own")
             if label not in self.labels:
                 raise UserError(f"{where} has the label {label!r}, expected one of {', '.join(self.labels)}")
             rows.append(Row(id, label, text, self.labels))
@@ -76,7 +76,7 @@ class Task:
         return rows
 
     def train_rows(self, language: str, shots: int) -> list[Row]:
-        """Those that shots are drawn from. Raises UserError if they are too few."""
+        """Return the rows that shots are drawn from. Raises UserError if there are too few."""
         train = self.rows(language, "train") if shots else []
         if len(train) < shots:
             found = f"{self.path(language, 'train')}: {len(train)} rows"
@@ -84,7 +84,7 @@ class Task:
         return train
 
     def examples(self, language: str, split: str = "test", shots: int = 3, seed: int = 1234) -> list[Example]:
-        """The examples of a language in the published order."""
+        """Return the examples of a language in the published order."""
         train, rows = self.train_rows(language, shots), self.rows(language, split)
         examples, rng = [], np.random.default_rng(seed)
         for index in rng.permutation(len(rows)):
@@ -97,11 +97,11 @@ class Task:
 
 
 def draw_shots(rng: np.random.Generator, train: list, row: Any, shots: int) -> list[int]:
-    """The train rows to show before `row`: of successive draws the first `shots` that are not the row itself.
-    Trap: the published loop sees that it has enough only when it is handed one index more, so that it has
-    mostly begun another draw by then. That draw moves `rng` on, and with it the shots of all later rows."""
+    """Return the train rows to show before `row`: the first `shots` drawn that differ from `row`. Trap: the
+    published loop stops only when it gets one index too many, so it has usually begun another draw. That
+    draw advances `rng`, which changes the shots of all later rows."""
     if shots and all(other == row for other in train):
-        raise UserError(f"row {row.id}: every train row is this very row; add others, or take --shots 0")
+        raise UserError(f"row {row.id}: all train rows are equal to it; add others, or use --shots 0")
     chosen: list[int] = []
     while shots:
         for index in rng.choice(len(train), size=shots, replace=False, shuffle=True).tolist():
@@ -113,7 +113,7 @@ def draw_shots(rng: np.random.Generator, train: list, row: Any, shots: int) -> l
 
 
 class SIB200(Task):
-    """Topics of sentences in 205 languages (arXiv 2309.07445): 701 / 99 / 204 rows a language."""
+    """Topics of sentences in 205 languages (arXiv 2309.07445): 701 / 99 / 204 rows per language."""
 
     file = "{language}/{split}.tsv"
     header = SIB200_HEADER

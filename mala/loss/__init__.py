@@ -1,1 +1,1 @@
-"""The fast paths of mala/cross_entropy.py: one for CPUs, one Triton kernel for GPUs."""
+"""The fast paths of mala/cross_entropy.py: PyTorch's for CPUs, a Triton kernel for GPUs."""

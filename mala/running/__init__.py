@@ -1,1 +1,1 @@
-"""What surrounds the training loop: settings, preparation, processes, the run's log, and its memory."""
+"""The parts around the training loop: its settings, its preparation, and its processes."""

@@ -1,1 +1,1 @@
-"""What lies on disk: safe files, corpora, weights, adapters, checkpoints; and how a name leads to a model."""
+"""Files on disk: safe writing, corpora, weights, adapters, checkpoints; and loading a model by its name."""

@@ -1,4 +1,4 @@
-"""`config.json` of a LLaMA, in the spelling of transformers 4 or 5, and what of it is computed here."""
+"""Read, write and check the `config.json` of a LLaMA, in the spelling of transformers 4 or 5."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any
 from mala.cli import UserError
 from mala.storage.files import read_json
 
-# Keys that would change the mathematics, with the only values that are computed here.
+# Keys that change the mathematics, with the only value of each that is implemented here.
 COMPUTED = {"model_type": "llama", "hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}
 ROPE_SETTINGS = {
     "linear": ["factor"],
@@ -17,7 +17,7 @@ ROPE_SETTINGS = {
 
 
 def read_config(path: Path, config_class: type) -> Any:
-    """A LlamaConfig from a `config.json`. Raises UserError if it describes none that is computed here."""
+    """Read a LlamaConfig from a `config.json`. Raises UserError if that model is not implemented here."""
     values = read_json(path)
     try:
         return config_class(**fields_of(values, config_class))
@@ -26,7 +26,7 @@ def read_config(path: Path, config_class: type) -> Any:
 
 
 def fields_of(values: dict[str, Any], config_class: type) -> dict[str, Any]:
-    """The fields of a LlamaConfig from what a `config.json` holds. Raises UserError as above."""
+    """Return the fields of a LlamaConfig, given the content of a `config.json`. Raises UserError as above."""
     for key, expected in COMPUTED.items():
         if values.get(key, expected) != expected:
             raise UserError(f"{key} is {values[key]!r}, expected {expected!r}: no other is implemented")
@@ -35,10 +35,10 @@ def fields_of(values: dict[str, Any], config_class: type) -> dict[str, Any]:
         if field.default is dataclasses.MISSING and field.name not in values:
             raise UserError(f"there is no {field.name!r}; expected the config.json of a LLaMA")
     kept = {field.name: values[field.name] for field in fields if field.name in values}
-    # transformers 5 writes one dict for both rotary settings; transformers 4 wrote "type" before "rope_type".
+    # transformers 5 puts both rotary settings in one dict. Early transformers 4 wrote "type" for "rope_type".
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"the rotary settings are {rope!r}, expected an object")
+        raise UserError(f"the rotary settings are {rope!r}, expected a JSON object")
     kept["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     numbers = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
@@ -47,13 +47,13 @@ def fields_of(values: dict[str, Any], config_class: type) -> dict[str, Any]:
 
 
 def to_config_json(config: Any) -> dict[str, Any]:
-    """What `config.json` holds, in the spelling of transformers 4, which transformers 5 reads too."""
+    """Return the content of a `config.json` in the spelling of transformers 4, which 5 reads too."""
     constant = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
     return {**constant, **dataclasses.asdict(config)}
 
 
 def check_config(config: Any) -> None:
-    """Raise UserError for a LlamaConfig that describes no LLaMA."""
+    """Raise UserError if a LlamaConfig is not a valid LLaMA."""
     checked = [(field.name, field.type, getattr(config, field.name)) for field in dataclasses.fields(config)]
     if config.rope_scaling is not None:
         rope_type = config.rope_scaling.get("rope_type")
@@ -73,6 +73,6 @@ def check_config(config: Any) -> None:
     if config.head_dim is None and D % H:
         raise UserError(f"hidden_size {D} is not a multiple of num_attention_heads {H}; give a head_dim")
     if (head_dim := config.head_dim or D // H) % 2:
-        raise UserError(f"head_dim is {head_dim}, expected an even number: rotary positions turn pairs")
+        raise UserError(f"head_dim is {head_dim}, expected an even number: rotary positions rotate pairs")
     if K is not None and H % K:
         raise UserError(f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}")

@@ -1,15 +1,15 @@
-"""A corpus of many languages: the folder, and which documents are held out.
+"""A corpus of many languages: its folder layout, and which documents are held out.
 
-A corpus is a folder with one entry per language, `<ISO 639-3>_<ISO 15924>`: a file `swh_Latn.txt`, or a
+A corpus is a folder with one entry per language, named `<ISO 639-3>_<ISO 15924>`: a file `swh_Latn.txt`, or a
 folder `swh_Latn/` of files, in the formats of corpus_formats.py. Published corpora load as downloaded:
 
-    swh_Latn/train/data-00000-of-00002.arrow    Glot500-c; of the shards only those that state.json names
+    swh_Latn/train/data-00000-of-00002.arrow    Glot500-c; only shards that state.json names are read
     data/swh_Latn/train/000_00000.parquet       FineWeb-2
     swh_Latn/train.jsonl, validation.jsonl      the MaLA corpus
     v1.0/swh-Latn/swh-Latn_0.parquet            GlotCC
 
-Files that are named for a split, or lie in a folder that is, are that split; of others the last documents are
-held out. A validation split stands in for a test split that is not there.
+A file belongs to a split if its name, or its folder's name, says so. If no name does, the last documents are
+held out. If a test split is missing, the validation split replaces it.
 """
 
 import re
@@ -32,16 +32,16 @@ LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 SPLITS = {"train": "train", "dev": "dev", "validation": "dev", "valid": "dev", "val": "dev", "test": "test"}
 # `train.tsv`, `swh_Latn_test.jsonl.gz`, and the shards of a hub: `validation-00000-of-00001.parquet`
 SPLIT_NAME = re.compile(rf"(?:.*[_-])?({'|'.join(SPLITS)})(?:[_-]\d+)?(-of-\d+)?(-[0-9a-f]{{16}})?(\..*)?")
-# What lies beside corpus files and holds no documents.
+# Other files in a corpus folder, which hold no documents.
 BESIDE = re.compile(r"[._].*|(README|LICENSE).*|.*\.(crc|lock)|(state|dataset_(info|infos|dict))\.json")
-OTHER = f"no format of a corpus, which are {' '.join(READERS)}, of text with .gz, too"
-Files = dict[Path, str | None]  # the files of a language: of which split each is
+OTHER = f"not a corpus format ({' '.join(READERS)}, text formats also with .gz)"
+Files = dict[Path, str | None]  # each file of a language -> its split, if it has one
 progress = partial(tqdm, unit="language", leave=False, disable=None)
 
 
 class Documents:
-    """A part of the documents in some files of a corpus, read anew on every pass, so they may be larger than
-    memory. part: takes how many there are, returns where the part begins and ends, as in a slice."""
+    """A range of the documents in some corpus files. Every pass reads the files anew, so they may be larger
+    than memory. part: takes the number of documents, returns the range's start and end, as in a slice."""
 
     def __init__(self, corpus: "Corpus", files: list[Path], part: Callable[[int], tuple[int, int]]):
         self.files, self.part, self.counts, self.reading = files, part, corpus.counts, corpus.reading
@@ -62,40 +62,40 @@ class Documents:
 
 @dataclass(eq=False)
 class Corpus:
-    """The documents of a corpus folder, by language and split. If a language has no split but train, or none
-    at all, the last `held_out` share of its documents, at most `max_held_out` of them, is its test split, the
-    rest its train split; a share of 1 makes all of it the test split."""
+    """The documents of a corpus folder, by language and split. If a language has no split except train, the
+    last `held_out` share of its documents, at most `max_held_out` of them, is its test split. The rest is its
+    train split. With a share of 1, all documents are the test split."""
 
     root: str | Path
-    languages: Sequence[str] = ()  # all, if none is named
+    languages: Sequence[str] = ()  # default: all
     held_out: float = 0.2
     max_held_out: int = 1000
     reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out <= 1:
-            raise UserError(f"the held-out share is {self.held_out}, expected a number from 0 to 1")
+            raise UserError(f"held_out is {self.held_out}, expected a share from 0 to 1")
         self.root = _folder_of_languages(Path(self.root))
         files = _find_files(self.root)
         self.languages = check_languages(self.root, list(files), self.languages)
         self.files: dict[str, Files] = {language: files[language] for language in self.languages}
-        self.counts: dict[Path, int] = {}  # documents of each file, counted when they are first asked for
+        self.counts: dict[Path, int] = {}  # documents of each file, counted on first use
         self._say_what_is_test()
 
     @classmethod
     def from_settings(cls, settings: Any, data: Path | None = None) -> "Corpus":
-        """The corpus that a command's settings describe. data: instead of theirs."""
+        """Open the corpus that a command's settings describe. data: a folder to use instead of theirs."""
         reading = Reading(settings.text_field, settings.skip_bad_lines)
         languages, most = getattr(settings, "langs", ()), getattr(settings, "max_held_out", 1000)
         return cls(data or settings.data, languages, settings.held_out, most, reading)
 
     def documents(self, language: str, split: str) -> Documents:
-        """The documents of one language in one split ("train", "dev", "test"), maybe none."""
+        """Return a language's documents in a split ("train", "dev" or "test"). There may be none."""
         files = self.files[language]
         splits = set(files.values())
         if None in splits and len(splits) > 1:
             odd = next(file for file, its_split in files.items() if its_split is None)
-            raise UserError(f"{odd}: of no split, unlike files beside it; expected all or none of some split")
+            raise UserError(f"{odd}: in no split, unlike other files; put all files in splits, or none")
         if splits <= {None, "train"}:
             return Documents(self, list(files), partial(self._part, split))
         wanted = split if split in splits or split != "test" else "dev"
@@ -103,7 +103,7 @@ class Corpus:
         return Documents(self, of_split, lambda total: (0, total))
 
     def _part(self, split: str, total: int) -> tuple[int, int]:
-        """Where a split begins and ends among `total` documents that no file name splits."""
+        """Return where a split begins and ends among `total` documents, if file names do not tell."""
         held_out = total if self.held_out == 1 else min(int(total * self.held_out), self.max_held_out)
         return {"train": (0, total - held_out), "dev": (0, 0), "test": (total - held_out, total)}[split]
 
@@ -115,29 +115,29 @@ class Corpus:
                 instead = f"the last {self.held_out:.0%} of train" if is_train else "the validation split"
                 lacking[instead].append(language)
         for instead, languages in lacking.items():
-            say_once(f"{self.root}: no test split in {some(languages)}: {instead} serves as test")
+            say_once(f"{self.root}: no test split in {some(languages)}; using {instead} instead")
 
     def stream(self, split: str) -> dict[str, Documents]:
-        """language -> documents, for every language that has some. Raises UserError if none has."""
+        """Return language -> documents, for each language that has some. Raises UserError if none has."""
         parts = {language: self.documents(language, split) for language in self.languages}
         found = {name: part for name, part in progress(parts.items(), f"counting {split}") if len(part)}
         if not found:
             empty = f"the corpus is empty: no language has a document in its {split} split"
-            raise UserError(f"{self.root}: {empty}; name files for it, or change the share {self.held_out}")
+            raise UserError(f"{self.root}: {empty}; add files for it, or change held_out ({self.held_out})")
         return found
 
     def load(self, split: str) -> dict[str, list[str]]:
-        """`stream`, but read into memory."""
+        """Read `stream` into memory."""
         return {name: list(part) for name, part in progress(self.stream(split).items(), f"reading {split}")}
 
 
 def script_of(language: str) -> str:
-    """`swh_Latn` -> `Latn`."""
+    """Return a language's script: `swh_Latn` -> `Latn`."""
     return language.partition("_")[2]
 
 
 def check_languages(root: Path, found: list[str], chosen: Sequence[str]) -> list[str]:
-    """The `chosen` of the languages `found` in a folder, or all. Raises UserError if one is not there."""
+    """Return the `chosen` languages, sorted; all `found`, if none. Raises UserError if one was not found."""
     for language in chosen:
         if language not in found:
             raise UserError(f"{root}: there is no language {language!r}; it holds {some(found)}")
@@ -149,52 +149,52 @@ def some(names: list[str]) -> str:
 
 
 def language_shares(sizes: Sequence[float], alpha: float, weights: Sequence[float] | float = 1) -> np.ndarray:
-    """Probability of each language, proportional to weight times n^alpha: (languages,) float64. Its size n is
-    a number of documents, as in MaLA-500, which line breaks change, or of bytes. alpha 1 draws languages by
-    size, alpha 0 all alike; MaLA-500's 0.3 lets the small ones be heard."""
+    """Return each language's probability, proportional to weight · n^alpha: (languages,) float64. The size n
+    counts documents, as in MaLA-500, or bytes or tokens, which depend less on line breaks. alpha 1 draws
+    languages in proportion to size, alpha 0 all equally often; MaLA-500's 0.3 favours small ones."""
     shares = np.array(sizes, dtype=np.float64) ** alpha * np.array(weights, dtype=np.float64)
     return shares / shares.sum()
 
 
 def _folder_of_languages(root: Path) -> Path:
-    """The folder itself, or the one below it that holds the languages: FineWeb-2's data/, GlotCC's v1.0/."""
+    """Return the folder of languages: `root` or a folder in it, such as FineWeb-2's data/, GlotCC's v1.0/."""
     if not root.is_dir():
         found = "a file" if root.exists() else "there is no such folder"
         raise UserError(f"{root}: {found}; expected a corpus with one entry per language")
     if any(map(_language_of, _visible(root))):
         return root
     if (language := _language_of(root.resolve())) and _files_of(root, None, defaultdict(list)):
-        raise UserError(f"{root}: one language's folder; name the folder above it, with --langs {language}")
+        raise UserError(f"{root}: one language's folder; give the folder above it, with --langs {language}")
     inner = [one for one in _visible(root) if one.is_dir() and any(map(_language_of, _visible(one)))]
     if len(inner) > 1:
         names = some([folder.name for folder in inner])
-        raise UserError(f"{root}: the folders {names} hold languages, expected one such; name one of them")
+        raise UserError(f"{root}: the folders {names} hold languages, expected only one; give one of them")
     return inner[0] if inner else root
 
 
 def _find_files(root: Path) -> dict[str, Files]:
-    """language -> its files, both in order of name. What else is there is named on stderr and skipped."""
-    found, skipped = {}, defaultdict(list)  # the latter: why -> what
+    """Return language -> its files, both sorted by name. Other entries are skipped and named on stderr."""
+    found, skipped = {}, defaultdict(list)  # skipped: reason -> entries
     for entry in _visible(root):
         language = _language_of(entry)
         if not language:
-            skipped["no language's name, such as swh_Latn"].append(entry)
+            skipped["not named for a language, such as swh_Latn"].append(entry)
         elif files := _files_of(entry, None, skipped):
             if language in found:
-                raise UserError(f"{root}: {language} has two entries, one is {entry.name}; expected one")
+                raise UserError(f"{root}: {language} has two entries, one is {entry.name}; remove one")
             found[language] = files
     names = {why: [str(entry.relative_to(root)) for entry in entries] for why, entries in skipped.items()}
     said = [f"skipped {some(of_reason)}: {why}" for why, of_reason in names.items()]
     if not found:
         expected = "expected entries such as swh_Latn.txt or swh_Latn/"
-        raise UserError("; ".join([f"{root}: no corpus", *said, expected]))
+        raise UserError("; ".join([f"{root}: not a corpus", *said, expected]))
     for line in said:
         say_once(f"{root}: {line}")
     return found
 
 
 def _files_of(entry: Path, split: str | None, skipped: dict[str, list[Path]]) -> Files:
-    """The corpus files of a language's entry, or of a folder within it that is named for a split."""
+    """Return the corpus files of a language's entry, or of a folder in it that is named for a split."""
     if not entry.is_dir():
         if format_of(entry) in READERS:
             return {entry: split or _split_of(entry.name)}
@@ -208,15 +208,15 @@ def _files_of(entry: Path, split: str | None, skipped: dict[str, list[Path]]) ->
     for one in inside:
         of_folder = _split_of(one.name) if one.is_dir() else None
         if one.is_dir() and (split or not of_folder):
-            skipped["files are read from <language>/ and <language>/<split>/ only"].append(one)
+            skipped["only files in <language>/ and <language>/<split>/ are read"].append(one)
         else:
             files |= _files_of(one, split or of_folder, skipped)
     return files
 
 
 def _named_shards(folder: Path) -> list[str]:
-    """The Arrow files that belong to what `datasets` left in a folder, others there are stale: `save_to_disk`
-    names them in state.json; from the dataset_info.json of its cache their names follow."""
+    """Return the names of the valid Arrow files that `datasets` left in a folder; others are stale.
+    `save_to_disk` lists them in state.json. In a cache of `datasets`, they follow from dataset_info.json."""
     state, info = folder / "state.json", folder / "dataset_info.json"
     source = state if state.exists() else info
     content = read_json(source) if source.exists() else {}
@@ -226,12 +226,12 @@ def _named_shards(folder: Path) -> list[str]:
             stem, count = f"{about.get('dataset_name')}-{split}", len(about.get("shard_lengths") or ())
             names += [f"{stem}-{i:05}-of-{count:05}.arrow" for i in range(count)] or [f"{stem}.arrow"]
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{source}: names no shards as `datasets` does; download it again") from None
+        raise UserError(f"{source}: does not name shards as `datasets` does; download it again") from None
     missing = [name for name in names if not (folder / name).exists()]
     if source == info and missing == names:
-        return []  # this file lies beside other formats, too
+        return []  # folders of other formats may hold this file too
     if missing:
-        named = f"there is no such file, which {source.name} beside it names"
+        named = f"there is no such file, but {source.name} names it"
         raise UserError(f"{folder / missing[0]}: {named}; download it again")
     return names
 
@@ -241,7 +241,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _language_of(entry: Path) -> str | None:
-    """`swh_Latn.txt`, `swh-Latn/` -> `swh_Latn`."""
+    """Return an entry's language, or None: `swh_Latn.txt`, `swh-Latn/` -> `swh_Latn`."""
     name = entry.name.split(".")[0].replace("-", "_")
     return name if LANGUAGE.fullmatch(name) else None
 

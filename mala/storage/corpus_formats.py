@@ -1,11 +1,11 @@
-"""The formats of corpus files: how the documents of one file are read.
+"""The formats of corpus files, and how the documents of one file are read.
 
-    .txt                a document a line
-    .jsonl              a document a JSON object, its text in one of the fields
-    .tsv                SIB-200's files (CSV with tabs, below a header) and Taxi1500's (raw, no header)
-    .parquet, .arrow    tables, a document a row; .arrow is a stream (as `datasets` saves it) or a file
+    .txt                one document per line
+    .jsonl              one document per JSON object, with the text in one of its fields
+    .tsv                SIB-200's files (tab-separated CSV with a header) and Taxi1500's (raw, no header)
+    .parquet, .arrow    tables, one document per row; .arrow is a stream (as `datasets` saves it) or a file
 
-The first three may be compressed, `.gz`. Every reader streams, so that a file may be larger than memory.
+The first three may be compressed (`.gz`). Every reader streams, so a file may be larger than memory.
 """
 
 import csv
@@ -24,34 +24,34 @@ from pathlib import Path
 from mala.cli import UserError, option
 from mala.storage.files import refuse_pointer
 
-TEXT_FIELDS = ("text", "content")  # the fields where a text is looked for, in this order
+TEXT_FIELDS = ("text", "content")  # the fields in which to look for the text, in this order
 SIB200_HEADER = ["index_id", "category", "text"]
-# White space and format characters (Unicode's Cf, all of which lie here): a text of nothing else is blank.
+# White space and format characters (Unicode's Cf, all in these ranges). A text of only these is blank.
 CHARACTERS = map(chr, (*range(0x1D200), *range(0xE0000, 0xE0080)))
 UNSEEN = frozenset(char for char in CHARACTERS if char.isspace() or unicodedata.category(char) == "Cf")
-# Within a quoted field: the beginning of another row, so the quote was never closed.
+# The beginning of another row within a quoted field: the quote was never closed.
 SWALLOWED = re.compile(r"[\r\n]\d+\t[^\t\r\n]+\t")
 
 
 @dataclass
 class Reading:
-    """How documents are read: settings of every command that takes a corpus."""
+    """How to read documents: settings of every command that takes a corpus."""
 
     text_field: str | None = option(None, "the field with a document's text; default: text, else content")
-    skip_bad_lines: bool = option(False, "skip lines that hold no text, and count them, not refuse them")
+    skip_bad_lines: bool = option(False, "skip and count lines that hold no text, instead of stopping")
 
 
 DEFAULT = Reading()
 
 
 class BadLines:
-    """The lines of a file that hold no text: the first is refused, or all are skipped and counted."""
+    """The lines of a file that hold no text. The first raises an error, or, if `skip`, all are counted."""
 
     def __init__(self, file: Path, skip: bool = False):
         self.file, self.skip, self.count, self.first = file, skip, 0, ""
 
     def add(self, number: int, fault: str) -> None:
-        """Raises UserError unless bad lines are skipped."""
+        """Count a bad line. Raises UserError unless bad lines are skipped."""
         if not self.skip:
             raise UserError(f"{self.file}: line {number} {fault}")
         self.count += 1
@@ -60,13 +60,13 @@ class BadLines:
 
 @cache
 def say_once(message: str) -> None:
-    """Print to stderr, by one process only, what is found anew on every pass."""
+    """Print a message to stderr once, in one process only. Every pass over a corpus would repeat it."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
 
 
 def read_documents(file: Path, reading: Reading = DEFAULT) -> Iterator[str]:
-    """The documents of one corpus file, blank ones left out. Raises UserError with the file and the line."""
+    """Yield the documents of one corpus file, except blank ones. Raises UserError with the file and line."""
     refuse_pointer(file)
     bad = BadLines(file, reading.skip_bad_lines)
     read = READERS.get(format_of(file), READERS[".txt"])
@@ -83,11 +83,11 @@ def format_of(file: Path) -> str:
 
 
 def read_lines(file: Path, bad: BadLines | None = None, is_csv: bool = False) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of every line that is not blank, of a UTF-8 file, plain or `.gz`. is_csv: blank
-    lines, too, and all with their ends, which may lie within a quoted field."""
+    """Yield (number from 1, text) of every line that is not blank in a UTF-8 file, plain or `.gz`. is_csv:
+    yield blank lines too, and keep line ends, because both may lie within a quoted field."""
     with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
         try:
-            for number, raw in enumerate(lines, 1):  # bytes: only \n ends a line, not U+2028 and its like
+            for number, raw in enumerate(lines, 1):  # as bytes: only \n ends a line, not U+2028
                 try:
                     line = raw.decode()
                 except UnicodeDecodeError as error:
@@ -111,28 +111,28 @@ def _read_jsonl(file: Path, text_field: str | None, bad: BadLines) -> Iterator[s
         row = text = None
         try:
             row = json.loads(line)
-            if not text_field and isinstance(row, dict):  # the first row with a text decides for the file
+            if not text_field and isinstance(row, dict):  # the first row with a text decides
                 text_field = next((name for name in TEXT_FIELDS if name in row), None)
             text = row[text_field]
-            text.encode()  # half a surrogate pair, "\ud800", is JSON but no text
+            text.encode()  # fails for half a surrogate pair, "\ud800": JSON, but not text
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             fault = f'is not a JSON object with a string "{text_field or TEXT_FIELDS[0]}"'
             if isinstance(row, dict) and text_field not in row:
                 fault += f"; {_fields(row)}"
             elif isinstance(row, dict) and text is None:
-                continue  # null, which is no text in a table either
+                continue  # null is no error: tables may hold it too
             bad.add(number, fault)
         else:
             yield text
 
 
 def _fields(names: Sequence[str]) -> str:
-    return f"its fields are {', '.join(names) or 'none'}: name the text's with --text-field"
+    return f"its fields are {', '.join(names) or 'none'}; choose one with --text-field"
 
 
 def read_tsv(file: Path, header: list[str] | None) -> Iterator[tuple[int, list[str]]]:
-    """(line where it begins, its three columns) of each row of a benchmark's file. One that begins with
-    `header` is CSV, as pandas writes it: quotes enclose fields. Else they are text, as are further tabs."""
+    """Yield (first line's number, three columns) of each row of a benchmark's file. A file that begins with
+    `header` is CSV with quoted fields, as pandas writes it. In others, quotes and further tabs are text."""
     _, first_line = next(read_lines(file), (1, ""))
     is_csv = first_line.replace('"', "").split("\t") == header
     rows = _csv_rows(file) if is_csv else ((n, line.split("\t")) for n, line in read_lines(file))
@@ -148,28 +148,28 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         for cells in rows:
             if any(SWALLOWED.search(cell) for cell in cells):
-                raise csv.Error("another row lies within them")
+                raise csv.Error("its quotes enclose another row")
             if any(cell.strip() for cell in cells):
                 yield first, cells
             first = rows.line_num + 1
     except csv.Error as error:
-        found = f"{file}: line {first} begins a row that is no CSV with tabs as pandas writes it ({error})"
-        remedy = "expected quotes that close, a text's own doubled; download the file again, or mend the row"
+        found = f"{file}: line {first} begins a row that is not CSV with tabs as pandas writes it ({error})"
+        remedy = "expected closed quotes, doubled within a text; download the file again, or fix the row"
         raise UserError(f"{found}; {remedy}") from None
 
 
 def _read_benchmark(file: Path, text_field: str | None, bad: BadLines) -> Iterator[str]:
-    """The text of SIB-200's rows, which lie below a header, or Taxi1500's, which have none."""
+    """Yield the texts of SIB-200's rows, below a header, or of Taxi1500's, without a header."""
     return (cells[2] for _, cells in read_tsv(file, SIB200_HEADER) if cells != SIB200_HEADER)
 
 
 def _read_table(file: Path, text_field: str | None, bad: BadLines) -> Iterator[str]:
-    """One column of a Parquet file, an Arrow stream or an Arrow file: the content tells, not the name."""
+    """Yield one column of a Parquet file, Arrow stream or Arrow file, told apart by content, not by name."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        raise UserError(f"{file}: reading .parquet and .arrow takes pyarrow: pip install pyarrow") from None
+        raise UserError(f"{file}: reading .parquet and .arrow needs pyarrow: pip install pyarrow") from None
     with open(file, "rb") as opened:
         magic = opened.read(6)
     is_parquet, is_file = magic.startswith(b"PAR1"), magic == b"ARROW1"
@@ -183,7 +183,7 @@ def _read_table(file: Path, text_field: str | None, bad: BadLines) -> Iterator[s
         kind = schema.field(text_field).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if str(kind) not in ("string", "large_string", "string_view", "null"):
-            raise UserError(f"{file}: column {text_field!r} is {kind}, no string; {_fields(schema.names)}")
+            raise UserError(f"{file}: column {text_field!r} is {kind}, not string; {_fields(schema.names)}")
         if is_parquet:
             batches = table.iter_batches(columns=[text_field])
         else:
@@ -192,8 +192,8 @@ def _read_table(file: Path, text_field: str | None, bad: BadLines) -> Iterator[s
             yield from (text for text in batch.column(text_field).to_pylist() if text is not None)
     except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: no whole Parquet or Arrow file ({reason}); download it again") from None
+        raise UserError(f"{file}: not a whole Parquet or Arrow file ({reason}); download it again") from None
 
 
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".tsv": _read_benchmark}  # how each format is read
+READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".tsv": _read_benchmark}  # format -> reader
 READERS |= {".parquet": _read_table, ".arrow": _read_table}

@@ -1,8 +1,8 @@
-"""The files that a tokenizer is made of, and how they travel: all of them from one folder, or none.
+"""The files of a tokenizer. They are always copied together, from one folder.
 
 SentencePiece reads `tokenizer.model`, the package `tokenizers` reads `tokenizer.json`, and transformers reads
-`tokenizer_config.json` and one of the two. We write all three, so that every reader gives the same ids: of a
-`tokenizer.model` transformers 5 merges in the order of ids and not of scores, which differ in a union.
+`tokenizer_config.json` and one of the two. We write all three, so that every reader gives the same ids. Given
+only a `tokenizer.model`, transformers 5 merges by id and not by score. In a union these two orders differ.
 """
 
 import base64
@@ -13,30 +13,30 @@ from typing import Any
 
 from mala.cli import UserError
 from mala.storage.files import read_json, write_json
-from mala.storage.weights import INDEX, OTHER_WEIGHTS
+from mala.storage.weights import INDEX, WEIGHT_FILES
 from mala.words.byte_level import JsonTokenizer, load_tokenizer, reads_json
 from mala.words.tokenizer import NORMALIZER_SPEC, WORD_START, Tokenizer
 
-PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")  # what an extension replaces
-ADDED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")  # where tokens are added to them
+PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")  # an extension replaces these
+ADDED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")  # these may add tokens
 TOKENIZER_FILES = {*PIECES, *ADDED, "special_tokens_map.json", "chat_template.jinja", "chat_template.json"}
-Object = dict[str, Any]  # of JSON
+Object = dict[str, Any]  # a JSON object
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether a folder brings a tokenizer of its own."""
+    """Return whether a folder has a tokenizer."""
     return any((folder / name).exists() for name in PIECES[:2])
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the small files beside weights and tokenizer: generation_config.json, the licence, …"""
+    """Copy a checkpoint's other small files, such as generation_config.json and the licence."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in OTHER_WEIGHTS and file.name not in {*TOKENIZER_FILES, INDEX}:
+        if file.is_file() and file.suffix not in WEIGHT_FILES and file.name not in {*TOKENIZER_FILES, INDEX}:
             shutil.copyfile(file, target / file.name)
 
 
 def copy_tokenizer(source: Path, target: Path, rows: int) -> None:
-    """Copy all files of a tokenizer. A missing `tokenizer.json` is made, with its tokenizer_config.json.
+    """Copy all files of a tokenizer. If `tokenizer.json` is missing, write it and its tokenizer_config.json.
     Raises UserError as `added_tokens` does."""
     model, tokenizer = source / "tokenizer.model", None
     if model.exists() and not reads_json(source):
@@ -47,13 +47,13 @@ def copy_tokenizer(source: Path, target: Path, rows: int) -> None:
     if tokenizer and not (target / "tokenizer.json").exists():
         write_for_transformers(tokenizer, target, added)
     stays_behind = (source / "config.json").exists() and not (target / "config.json").exists()
-    if stays_behind and reads_json(source):  # into an adapter, which has none
+    if stays_behind and reads_json(source):  # an adapter has no config.json
         _write_class(source, target)
 
 
 def write_extended(source: Path, base: Tokenizer, merged: Tokenizer, target: Path) -> None:
-    """The tokenizer files of `source`, with `merged` in place of the pieces of `base`, and its config.json
-    with as many rows. Raises UserError for tokens that other files add where the new pieces go."""
+    """Copy the tokenizer files of `source`, with `merged` in place of `base`, and its config.json with the
+    new vocab_size. Raises UserError if the files add tokens at ids that the new pieces need."""
     added_tokens(source, len(base), rows=len(base))
     _copy(source, target, TOKENIZER_FILES - {*PIECES})
     if isinstance(merged, JsonTokenizer):
@@ -68,8 +68,8 @@ def write_extended(source: Path, base: Tokenizer, merged: Tokenizer, target: Pat
 
 
 def _write_class(source: Path, folder: Path) -> None:
-    """The tokenizer_config.json beside a `tokenizer.json`. It names what begins a text, which may stand only
-    in the config.json of `source`. Trap: other classes of transformers cut text into words by own rules."""
+    """Write a tokenizer_config.json. It names the token that begins a text: `source` may name it only in its
+    config.json. Trap: transformers' other tokenizer classes split text into words by their own rules."""
     file = folder / "tokenizer_config.json"
     config = {"clean_up_tokenization_spaces": False} | (read_json(file) if file.exists() else {})
     if not config.get("bos_token") and (base := load_tokenizer(source)).bos_id is not None:
@@ -84,8 +84,8 @@ def _copy(source: Path, target: Path, names: set[str]) -> None:
 
 
 def added_tokens(folder: Path, pieces: int, rows: int) -> dict[int, str]:
-    """id -> text of each token that transformers' files add after a model's `pieces` (0: of all tokens).
-    Raises UserError if two files contradict each other, and for a token that has none of a model's `rows`."""
+    """Return id -> text of the tokens that transformers' files hold from id `pieces` on (0: all tokens).
+    Raises UserError if two files contradict each other, or if an id is not below the model's `rows`."""
     found: dict[int, tuple[str, Path]] = {}
     for file in (folder / name for name in ADDED):
         values = read_json(file) if file.exists() else {}
@@ -100,24 +100,24 @@ def added_tokens(folder: Path, pieces: int, rows: int) -> dict[int, str]:
                 continue
             known, other = found.setdefault(int(id), (content, file))
             if known != content:
-                beside = f"{other.name} beside it has {known!r}; keep the file of the model's training"
+                beside = f"{other.name} has {known!r}; keep only the file that the model was trained with"
                 raise UserError(f"{file}: token {int(id):,} is {content!r}, but {beside}")
             if int(id) >= rows:
-                room = f"only {rows:,} rows for the tokenizer; take it out of this file, if it is not needed"
+                room = f"only {rows:,} rows for the tokenizer; remove it from this file if it is not needed"
                 raise UserError(f"{file}: {content!r} is token {int(id):,}, but the model has {room}")
     return {id: content for id, (content, _) in sorted(found.items())}
 
 
 def write_for_transformers(tokenizer: Tokenizer, folder: Path, added: dict[int, str]) -> None:
-    """Write `tokenizer.json`, and a `tokenizer_config.json` whose class reads that file as it stands. What
-    the folder's own tokenizer_config.json says otherwise stays: `<s>` or not, `</s>` or not, a template."""
+    """Write `tokenizer.json`, and a `tokenizer_config.json` whose class reads that file unchanged. Keep what
+    the folder's own tokenizer_config.json sets: whether to add `<s>` and `</s>`, a chat template, …"""
     file, model = folder / "tokenizer_config.json", tokenizer.processor
     names = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
     config: Object = {name: tokenizer.pieces[id] for name, id in names.items() if id >= 0}
     config |= {"clean_up_tokenization_spaces": False, "model_max_length": 10**30}
     own = read_json(file) if file.exists() else {}
     config |= {key: value for key, value in own.items() if key not in ("legacy", "add_prefix_space")}
-    # LLaMA's own class takes `<s>` for granted, the class that reads tokenizer.json does not.
+    # LLaMA's own class adds `<s>` by default. The class that reads tokenizer.json does not.
     begins, ends = own.get("add_bos_token") is not False, own.get("add_eos_token") is True
     config |= {"add_bos_token": begins, "add_eos_token": ends, "tokenizer_class": "PreTrainedTokenizerFast"}
     around = [tokenizer.bos_id] * begins, [model.eos_id()] * (ends and model.eos_id() >= 0)
@@ -127,11 +127,11 @@ def write_for_transformers(tokenizer: Tokenizer, folder: Path, added: dict[int, 
 
 
 def to_json(tokenizer: Tokenizer, added: dict[int, str], before: list[int], after: list[int]) -> Object:
-    """A BPE model as a `tokenizer.json`, with the tokens `before` and `after` each text. added: those of
-    `added_tokens`. Source: huggingface.co/docs/tokenizers. Trap: after a user-defined symbol, which LLaMA has
-    none of, `tokenizers` begins a word anew and SentencePiece does not."""
+    """Return a BPE model as a `tokenizer.json` that puts the tokens `before` and `after` around each text.
+    added: from `added_tokens`. Source: huggingface.co/docs/tokenizers. Trap: after a user-defined symbol,
+    `tokenizers` begins a new word and SentencePiece does not. LLaMA has no such symbols."""
     pieces, types = tokenizer.pieces, tokenizer.types
-    # UNKNOWN (2) and CONTROL (3) pieces are special; USER_DEFINED ones (4) are cut out of a text.
+    # UNKNOWN (2) and CONTROL (3) pieces are special. USER_DEFINED pieces (4) are matched before any merge.
     found = {id: pieces[id] for id, kind in enumerate(types) if kind in (2, 3, 4)} | added
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     tokens = [{"id": id, "content": content, **plain} for id, content in found.items()]
@@ -156,18 +156,18 @@ def to_json(tokenizer: Tokenizer, added: dict[int, str], before: list[int], afte
 
 
 def merges(tokenizer: Tokenizer) -> list[list[str]]:
-    """Every way to cut a piece in two pieces, the highest score first. Trap: SentencePiece merges pieces of
-    equal scores from left to right, and no list says that; so what we write has no equal scores."""
+    """Return every split of a piece into two pieces, highest score first. Trap: SentencePiece merges pieces
+    of equal score from left to right. A list cannot say that, so our models have no equal scores."""
     scores = tokenizer.scores()
-    ranked = sorted(scores, key=lambda piece: -scores[piece])  # stable: of equal ones the lower id
+    ranked = sorted(scores, key=lambda piece: -scores[piece])  # stable: the lower id first if equal
     cuts = [(piece[:at], piece[at:]) for piece in ranked for at in range(1, len(piece))]
     return [[left, right] for left, right in cuts if left in scores and right in scores]
 
 
 def normalisation(spec: Object) -> tuple[list[Object], list[Object]]:
-    """What a NormalizerSpec does to a text, and what takes it back."""
+    """Return the normalizers of a `tokenizer.json` for a NormalizerSpec, and the decoders that undo them."""
     steps: list[Object] = []
-    if spec.get(2):  # precompiled_charsmap: NFKC or the like
+    if spec.get(2):  # precompiled_charsmap, for example NFKC
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[2]).decode()})
     if spec.get(4, 1):  # remove_extra_whitespaces
         steps.append({"type": "Strip", "strip_left": True, "strip_right": True})

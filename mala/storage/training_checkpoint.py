@@ -1,13 +1,13 @@
-"""The checkpoints of a training run, folders `step-N/`. One holds:
+"""The checkpoints of a training run, in folders `step-N/`. Each holds:
 
-    adapter_config.json, adapter_model.safetensors    the adapter after N steps, as PEFT knows it;
-    model.safetensors                                 or, if all weights train, these, in float32
-    tokenizer.model, tokenizer.json, …                its tokenizer
-    optimizer.safetensors                             AdamW's two moments of everything that trains
+    adapter_config.json, adapter_model.safetensors    the adapter after N steps, in PEFT's format;
+    model.safetensors                                 or all weights in float32, if all of them train
+    tokenizer.model, tokenizer.json, …                the tokenizer
+    optimizer.safetensors                             AdamW's two moments of each trained parameter
     training_state.json                               `step`, `identity` (prepare.py), and the run log's sums
 
-It holds no random state: what a step sees and drops out follows from the seed and the step. Its tensors are
-not sharded, so that any number of processes can go on from it.
+It holds no random state, because a step's data and dropout follow from the seed and the step alone. Its
+tensors are not sharded, so any number of processes can continue from it.
 """
 
 import shutil
@@ -28,15 +28,15 @@ ADAPTER, OPTIMIZER, STATE = "adapter_model.safetensors", "optimizer.safetensors"
 
 
 def write_state(folder: Path | None, moments: Tensors, state: dict[str, Any]) -> None:
-    """Make an adapter's folder a checkpoint: `moments` are the optimizer's tensors, `state` is JSON. With
-    folder=None a process only gives its part, see `write_tensors`."""
+    """Add the optimizer's tensors (`moments`) and the JSON `state` to a folder with the trained weights. With
+    folder=None a process only contributes its part (see `write_tensors`)."""
     write_tensors(folder and folder / OPTIMIZER, moments)
     if folder is not None:
         write_json(folder / STATE, state)
 
 
 def save_checkpoint(model: nn.Module, folder: Path | None, base: Path, dtype: torch.dtype) -> None:
-    """Write all weights in `dtype`, as a plain checkpoint with the companions of `base`. folder: as above."""
+    """Write all weights in `dtype` as a plain checkpoint, with the base's small files. folder: as above."""
     weights = dict(model.named_parameters())
     planned = {name: torch.empty(w.shape, dtype=dtype, device="meta") for name, w in weights.items()}
     write_tensors(folder and folder / WEIGHTS, planned, lambda name: weights[name].to(dtype))
@@ -49,50 +49,50 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def trained_file(folder: Path) -> Path:
-    """What has trained: an adapter, or all weights."""
+    """Return the path of the trained weights: model.safetensors if all weights train, else the adapter."""
     return folder / (WEIGHTS if (folder / WEIGHTS).exists() else ADAPTER)
 
 
 def step_of(folder: Path) -> int:
-    """N of a folder `step-N`, 0 of any other."""
+    """Return N for a folder `step-N`, and 0 for any other folder."""
     name, _, number = folder.name.partition("-")
     return int(number) if name == "step" and number.isdecimal() else 0
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The folders `step-N/` in a folder, in order of N."""
+    """Return the folders `step-N/` in a folder, in the order of N."""
     return sorted((entry for entry in folder.glob("step-*") if step_of(entry)), key=step_of)
 
 
 def check_intact(folder: Path) -> None:
-    """Raise UserError if a checkpoint lacks a file or holds a damaged one. What cannot be read, on a network
-    disk that is gone for a while, is no damage: the OSError goes through."""
+    """Raise UserError if a checkpoint has a missing or damaged file. A read error, such as that of a network
+    disk that is offline, does not count as damage and is raised as OSError."""
     for file in (trained_file(folder), folder / OPTIMIZER):
         try:
-            safe_open(file, framework="pt").keys()  # compares the size with what the header says
+            safe_open(file, framework="pt").keys()  # this compares the file's size with its header
         except (FileNotFoundError, SafetensorError) as error:
             raise UserError(f"{file}: missing or damaged ({error})") from None
     state = read_state(folder)
     if type(state.get("step")) is not int or not isinstance(state.get("identity"), dict):
-        raise UserError(f"{folder / STATE}: no 'step' or no 'identity'; expected what train.py leaves there")
+        raise UserError(f"{folder / STATE}: no 'step' or no 'identity'; expected a file that train.py wrote")
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The newest intact checkpoint in a folder, None if it has none. Raises UserError if all are damaged."""
+    """Return the newest intact checkpoint, or None if there is none. Raises UserError if all are damaged."""
     found = checkpoints(folder)
     for newest in reversed(found):
         try:
             check_intact(newest)
             return newest
         except UserError as error:
-            print(f"{newest}: damaged, so one before it is looked for ({error})", file=sys.stderr)
+            print(f"{newest}: damaged, so an earlier checkpoint is tried ({error})", file=sys.stderr)
     if not found:
         return None
-    raise UserError(f"{folder}: no checkpoint is intact; bring one back, or start over with --resume never")
+    raise UserError(f"{folder}: no checkpoint is intact; restore one, or start over with --resume never")
 
 
 def set_aside(folder: Path) -> None:
-    """Rename a checkpoint so that no run takes it any more; to delete it is the user's to do."""
+    """Rename a checkpoint so that no run continues from it. The user may delete it."""
     aside = folder.with_name(folder.name + ".aside")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)

@@ -1,1 +1,1 @@
-"""Tokenizers: text to pieces, how a vocabulary grows, the rows of new pieces, and what all that brings."""
+"""Tokenizers: how text becomes pieces, how a vocabulary grows, and how the rows of new pieces start."""

@@ -1,13 +1,13 @@
-"""Further merges on top of a BPE: `merge --method continue`.
+"""Learn further merges on top of a base BPE: `merge --method continue`.
 
-Text is segmented as the base does, and then neighbours are merged further ("Teaching Old Tokenizers New
-Words", arXiv 2512.03989). Each new merge comes after all before it, so an encoder does what it did before,
-and then the new merges. The learner is one; what may be merged, and how it is written, differs between a
-SentencePiece model (`Unions` in merges_and_scores.py) and a tokenizer.json (`Pairs` in byte_level.py).
+The base segments the text, then neighbouring pieces are merged further ("Teaching Old Tokenizers New Words",
+arXiv 2512.03989). New merges come after all old ones, so an encoder first does what it did before. This
+learner serves SentencePiece models and tokenizer.json files. They differ in what may be merged and how it is
+written: see `Unions` in merges_and_scores.py and `Pairs` in byte_level.py.
 
-Why every new piece is reachable: when it is learnt, its two halves stand side by side in a word, each the
-outcome of merges that stayed within it. Alone between characters that merge with nothing, the same merges
-happen in the same order, and then the new one; no later piece has anything left to merge there.
+Every new piece is reachable. When it is learnt, its two halves are neighbours in a word, and each half comes
+from merges within it. If the piece stands between characters that merge with nothing, an encoder makes the
+same merges in the same order, then the new one. Later merges find nothing left to merge there.
 """
 
 import heapq
@@ -25,8 +25,8 @@ MAX_FRAGMENT = 64  # symbols
 
 
 def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
-    """The base's file with `size` more pieces, learnt from `words`, which are what `base.words` gives. Raises
-    UserError for a base that cannot be extended so, and if the text yields fewer pieces."""
+    """Return the base's file with `size` more pieces. words: counts of the words that `base.words` yields.
+    Raises UserError if the base cannot be extended or the text yields fewer pieces."""
     base.check_bpe()
     if isinstance(base, JsonTokenizer):
         rules, append = Pairs(base.pieces, base.fast.model.ignore_merges), append_pairs
@@ -36,17 +36,16 @@ def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
         rules, append = Unions(base.scores()), append_unions
         learnt = learn(sentence_symbols(base, words), rules, size)
     if (found := len(learnt)) < size:
-        raise UserError(f"cannot learn {size} pieces from this corpus: it yields {found}; ask for as many")
+        raise UserError(f"cannot learn {size} pieces from this corpus: it yields {found}; ask for no more")
     return append(base, learnt)
 
 
 def learn(words: Iterable[tuple[Sequence[str], int]], rules: Unions | Pairs, size: int) -> list[str | Pair]:
-    """The next `size` merges of a BPE, in order; fewer if the text yields no more. words: (segmentation by
-    the base, how often it occurs) of each.
+    """Return the next `size` merges of a BPE, in order, or fewer if the text yields no more.
 
-    Of the candidates that `rules` sees the next is the one that saves the most tokens; of several such, the
-    first by text. The savings are counted once, and after that only in the fragments of words that a merge
-    changes (Sennrich et al., arXiv 1508.07909).
+    words: (segmentation by the base, number of occurrences) of each word. The next merge is the candidate of
+    `rules` that saves the most tokens; a tie goes to the first by text. Savings are counted once. After each
+    merge, they are updated only in the word fragments that it changes (Sennrich et al., arXiv 1508.07909).
     """
     counts: Counter[tuple[str, ...]] = Counter()
     for symbols, times in words:
@@ -54,7 +53,7 @@ def learn(words: Iterable[tuple[Sequence[str], int]], rules: Unions | Pairs, siz
             counts[fragment] += times
     fragments, times = list(counts), list(counts.values())
     whole = {"".join(fragment): at for at, fragment in enumerate(fragments)} if rules.takes_words else {}
-    savings: defaultdict[str | Pair, int] = defaultdict(int)  # candidate -> the tokens that it would save
+    savings: defaultdict[str | Pair, int] = defaultdict(int)  # candidate -> tokens that it would save
     places: defaultdict[str | Pair, set[int]] = defaultdict(set)  # candidate -> fragments that may hold it
     for place, fragment in enumerate(fragments):
         for candidate, tokens in rules.candidates(fragment):
@@ -68,14 +67,12 @@ def learn(words: Iterable[tuple[Sequence[str], int]], rules: Unions | Pairs, siz
         while heap and len(learnt) < size:
             tokens, merge = heapq.heappop(heap)
             piece = "".join(merge)
-            if -tokens != savings[merge]:  # it saves less by now: an entry is not changed before it comes up
+            if -tokens != savings[merge]:  # outdated: push it again with what it saves now
                 if savings[merge] > 0:
                     heapq.heappush(heap, (-savings[merge], merge))
                 continue
-            if -tokens < 2:  # a pair seen once: no regularity of a language
+            if -tokens < 2:  # it occurs only once, so it is not a pattern of the language
                 break
-            if piece in learnt:  # from another pair
-                continue
             changed, grown = places.pop(merge), set()
             if piece in whole:
                 changed.add(whole[piece])
@@ -88,7 +85,7 @@ def learn(words: Iterable[tuple[Sequence[str], int]], rules: Unions | Pairs, siz
                 fragments[place] = rules.merge(fragments[place], merge)
                 for candidate, tokens in rules.candidates(fragments[place]):
                     savings[candidate] += tokens * times[place]
-                    if piece in candidate:  # no other candidate can save more than before
+                    if piece in candidate:  # only these can save more than before
                         places[candidate].add(place)
                         grown.add(candidate)
             for candidate in grown:
@@ -98,8 +95,9 @@ def learn(words: Iterable[tuple[Sequence[str], int]], rules: Unions | Pairs, siz
 
 
 def _fragments(symbols: Sequence[str], rules: Unions | Pairs) -> Iterator[tuple[str, ...]]:
-    """Cut a word where no new piece can lie across: in a fragment all neighbours are joinable, and stay so. A
-    "word" of Chinese or Thai may be a whole line: parts of it are alike, and long ones cost a pair a cut."""
+    """Cut a word where no new piece can cross: in a fragment, all neighbours are joinable and stay so. In
+    Chinese or Thai, a "word" may be a whole line, so fragments also end at MAX_FRAGMENT symbols. Fragments
+    often repeat, and each such cut loses only one pair."""
     start = 0
     for end in range(1, len(symbols) + 1):
         is_cut = end == len(symbols) or end - start == MAX_FRAGMENT

@@ -1,8 +1,8 @@
-"""SentencePiece's BPE: pieces have scores, and the neighbours whose union has the highest are merged first.
+"""SentencePiece's BPE: pieces have scores, and the neighbours whose union scores highest merge first.
 
-`merge` makes a union of two models, as MaLA-500. Some of its pieces no text produces: to build one, an
-intermediate piece is needed that a merge of the other model has used up. `Unions` is how further merges are
-learnt instead (further_merges.py).
+`merge` makes the union of two models, as MaLA-500 did. Trap: no text produces some pieces of a union. Such a
+piece is built from an intermediate piece, but a merge of the other model uses up its parts first. `Unions`
+holds the rules for learning further merges instead (further_merges.py).
 """
 
 import sys
@@ -19,15 +19,15 @@ from mala.words.byte_level import JsonTokenizer
 from mala.words.tokenizer import WORD_START, Tokenizer, append_pieces
 
 MAX_PIECE = 16  # characters, SentencePiece's own limit
-Scores = dict[str, float]  # piece -> score; the higher is merged first
+Scores = dict[str, float]  # piece -> score; higher scores merge first
 
 
 def merge(base: Tokenizer, new: Tokenizer, published: bool = False) -> bytes:
-    """`merge --method union`, as MaLA-500: the base's model, then each NORMAL piece of `new` that it lacks,
-    with its score. What the base's normaliser changes is left out: no text holds it. Unless `published`, no
-    new piece has another's score: readers would rank them differently. Raises UserError for no BPE model."""
+    """Return the base's model plus each NORMAL piece of `new` that it lacks, with its score, as MaLA-500 did.
+    Pieces that the base's normaliser changes are left out: they never occur. Unless `published`, equal scores
+    are made distinct: readers break ties differently. Raises UserError for models that are not BPE."""
     if isinstance(base, JsonTokenizer):
-        found = "a tokenizer.json, to which a union would add tokens that no text encodes to"
+        found = "a byte-level BPE, to which a union would add pieces that no text produces"
         raise UserError(f"{base.name}: {found}; learn further merges instead: --method continue")
     base.check_bpe()
     new.check_bpe()
@@ -36,17 +36,17 @@ def merge(base: Tokenizer, new: Tokenizer, published: bool = False) -> bytes:
     symbols = {piece for piece, kind in zip(new.pieces, new.types) if kind in (4, 5)}
     normal = base.normalise([piece.replace(WORD_START, " ") for piece in scores])
     changed = {piece for piece, text in zip(scores, normal) if piece != text}
-    reasons = {"user-defined or unused": symbols - known, f"{base.name} normalises them away": changed}
+    reasons = {"are user-defined or unused": symbols - known, f"{base.name} normalises away": changed}
     for reason, pieces in reasons.items():
         if pieces:
             some = ", ".join(map(repr, sorted(pieces)[:3]))
-            print(f"{new.name}: left out {len(pieces):,} pieces, {reason}: {some}", file=sys.stderr)
+            print(f"{new.name}: left out {len(pieces):,} pieces that {reason}: {some}", file=sys.stderr)
     scores = {piece: score for piece, score in scores.items() if piece not in symbols | changed}
     return append_pieces(base, scores if published else distinct(scores, set(base.scores().values())))
 
 
 def distinct(scores: Scores, taken: set[float]) -> Scores:
-    """The scores, each a little lower where it was `taken`, so that the order of unequal ones stays."""
+    """Return the scores, those that are `taken` lowered a little. Unequal scores keep their order."""
     found: Scores = {}
     for piece, score in scores.items():
         while score in taken:
@@ -57,26 +57,26 @@ def distinct(scores: Scores, taken: set[float]) -> Scores:
 
 
 def lower(score: float, step: float) -> float:
-    """Trap: LLaMA 2 scores its runs of spaces -1e9, where float32 goes in steps of 64: -1e9 - 1 is -1e9."""
+    """Lower a score by `step`, but at least to the next float32. Trap: LLaMA 2 gives its runs of spaces the
+    score -1e9, and float32 has steps of 64 there: -1e9 - 1 is -1e9."""
     return float(min(np.float32(score - step), np.nextafter(np.float32(score), np.float32(-np.inf))))
 
 
 def sentence_symbols(base: Tokenizer, words: Counter[str]) -> Iterator[tuple[list[str], int]]:
-    """(segmentation by the base, how often) for each word of a text. Raises UserError for a base without the
-    bytes that spell characters which are no pieces."""
+    """Yield (segmentation by the base, count) of each word. Raises UserError if `base` lacks byte pieces."""
     if len(base.byte_ids) < 256:
-        raise UserError(f"{base.name}: has no byte pieces, expected 256, for characters that are no pieces")
+        raise UserError(f"{base.name}: has no byte pieces, expected 256 to spell unknown characters")
     counts: Counter[str] = Counter()
     for text, count in zip(base.normalise(list(words)), words.values()):
-        for word in text.split(WORD_START):  # a normaliser may make spaces of characters
+        for word in text.split(WORD_START):  # a normaliser may turn characters into spaces
             counts[WORD_START + word] += count if word else 0
     for word, ids in zip(counts, base.segment(list(counts))):
-        if all(base.types[id] != 4 for id in ids):  # user-defined symbols are cut out: nothing merges there
+        if all(base.types[id] != 4 for id in ids):  # user-defined symbols never merge: skip the word
             yield _symbols(base, word, ids), counts[word]
 
 
 def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
-    """The pieces of a word's segmentation; a character that falls back to bytes is one symbol."""
+    """Return the pieces of a word's segmentation. A character spelled in bytes becomes one symbol."""
     symbols = []
     for in_bytes, group in groupby(ids, base.byte_ids.__contains__):
         pieces = [base.pieces[i] for i in group]
@@ -84,27 +84,27 @@ def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
             pieces = bytes.fromhex("".join(piece[3:5] for piece in pieces)).decode(errors="replace")
         symbols += pieces
     if (read := "".join(symbols)) != word:
-        raise UserError(f"{base.name}: reads {word!r} as {read!r}; expected the word, from pieces and bytes")
+        raise UserError(f"{base.name}: segments {word!r} as {read!r}, expected tokens that spell the word")
     return symbols
 
 
 class Unions:
-    """How SentencePiece merges: neighbours whose union is a piece, the highest first. scores: the base's."""
+    """SentencePiece's rules: neighbours whose union is a piece merge, highest first. scores: the base's."""
 
-    takes_words = False  # each is put together from its characters
+    takes_words = False  # a word is always built from its characters
 
     def __init__(self, scores: Scores):
         self.scores, self.lowest = dict(scores), min(scores.values())
 
     def joinable(self, left: str, right: str) -> bool:
-        """Whether a piece may hold both: letters with letters, signs with signs, never digits, which LLaMA
-        keeps apart; and nothing across the beginning of a word."""
+        """Return whether one piece may hold both: letters with letters, or signs with signs. LLaMA keeps
+        digits apart, so they never join. Nothing joins across the beginning of a word."""
         kinds = _kinds(left.removeprefix(WORD_START)) | _kinds(right)
         return WORD_START not in right and kinds in ({"letter"}, {"sign"})
 
     def candidates(self, symbols: Sequence[str]) -> Iterator[tuple[str, int]]:
-        """(new piece, tokens that it saves) for each place in a fragment: a character saves all its bytes but
-        one, a pair of pieces one token: readers rebuild the merges from pieces."""
+        """Yield (new piece, tokens that it saves) for each place in a fragment. A character saves all its
+        bytes except one, a pair one token. Readers rebuild merges from pieces: both halves must be pieces."""
         for symbol in symbols:
             if symbol not in self.scores:
                 yield symbol, len(symbol.encode()) - 1
@@ -113,12 +113,12 @@ class Unions:
                 yield left + right, 1
 
     def learn(self, piece: str) -> None:
-        self.lowest -= 1  # only an order, see `append_unions`
+        self.lowest -= 1  # only the order matters, see `append_unions`
         self.scores[piece] = self.lowest
 
     def merge(self, symbols: Sequence[str], piece: str) -> list[str]:
-        """Encode on symbols in which nothing could be merged until `piece` came. It has the lowest score, so
-        only where it arises can more be merged, and that comes before it arises elsewhere."""
+        """Merge `piece` in symbols that all earlier merges have been applied to. It scores lowest, so the
+        merges that become possible where it arises come before it arises elsewhere."""
         symbols, scores, i = list(symbols), self.scores, 0
         while i < len(symbols) - 1:
             if symbols[i] + symbols[i + 1] != piece:
@@ -126,7 +126,7 @@ class Unions:
                 continue
             pairs = [i]
             while pairs:
-                i = max(pairs, key=lambda at: scores[symbols[at] + symbols[at + 1]])  # the left of equal ones
+                i = max(pairs, key=lambda at: scores[symbols[at] + symbols[at + 1]])  # the leftmost of equals
                 symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
                 pairs = [at for at in (i - 1, i) if 0 <= at < len(symbols) - 1]
                 pairs = [at for at in pairs if symbols[at] + symbols[at + 1] in scores]
@@ -135,13 +135,13 @@ class Unions:
 
 @cache
 def _kinds(symbol: str) -> set[str]:
-    """Of the characters in a symbol; the joiners U+200C and U+200D shape the letters of many scripts."""
+    """Return the kinds of a symbol's characters. U+200C and U+200D, which shape letters, count as letters."""
     kinds = {"L": "letter", "M": "letter", "N": "digit"}
     return {kinds.get("L" if c in "\u200c\u200d" else unicodedata.category(c)[0], "sign") for c in symbol}
 
 
 def append_unions(base: Tokenizer, pieces: list[str]) -> bytes:
-    """The base's model and further pieces, each with a lower score than all before it."""
+    """Return the base's model with further pieces, each with a lower score than all before it."""
     score, scores = min(base.scores().values()), {}
     for piece in pieces:
         scores[piece] = score = lower(score, 1)

@@ -1,7 +1,7 @@
-"""Rows for new pieces: `embed_tokens` and `lm_head` of a checkpoint, resized to a merged vocabulary.
+"""Rows for new pieces: resize a checkpoint's `embed_tokens` and `lm_head` to a merged vocabulary.
 
-The ways to start them (`--init`) are in INITS. Each makes rows, chunk by chunk, from the base's rows (V_base,
-D), float32, the base's own segmentation of the new pieces, and the config's initializer_range, `std`.
+INITS lists the initialisations (`--init`). Each yields the new rows, chunk by chunk. It takes the base's rows
+(V_base, D) in float32, the base's segmentation of the new pieces, and `std`, the config's initializer_range.
 Shapes: V_base and V rows before and after, D hidden size, N positions of text.
 """
 
@@ -24,23 +24,23 @@ from mala.words.byte_level import load_tokenizer
 from mala.words.tokenizer import Tokenizer
 
 MATRICES = EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-CHUNK = 4096  # rows made at a time: what is float32 stays small beside the matrix
+CHUNK = 4096  # rows made at a time, so that float32 copies stay small
 Segments = list[list[int]]  # the base tokens of each new piece
-Text = Iterable[tuple[str, int]]  # documents, each with the number of times that it was drawn
+Text = Iterable[tuple[str, int]]  # (document, times drawn)
 Where = tuple[str, torch.dtype]  # the device and the dtype to compute in
 CPU: Where = ("cpu", torch.float32)
 
 
 def normal(base: Tensor, chunks: Iterable[Segments], std: float, generator: Generator) -> Iterator[Tensor]:
-    """N(0, initializer_range²), as transformers' `resize_token_embeddings` drew when MaLA-500 was trained.
-    Trap: a trained model's logits lie far below 0, and such a row's logit near 0: the new pieces take over
-    the softmax (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021)."""
+    """Draw from N(0, initializer_range²), as transformers' `resize_token_embeddings` did for MaLA-500.
+    Trap: a trained model's logits lie far below 0. These rows' logits lie near 0, so new pieces dominate the
+    softmax (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021)."""
     for segments in chunks:
         yield std * torch.randn(len(segments), base.shape[1], generator=generator, device=base.device)
 
 
 def mean(base: Tensor, chunks: Iterable[Segments], std: float, generator: Generator) -> Iterator[Tensor]:
-    """N(μ, 1e-9 Σ), μ and Σ of the base rows: Hewitt's remedy, transformers' `mean_resizing`."""
+    """Draw from N(μ, 1e-9 Σ), with the base rows' μ and Σ: Hewitt's remedy, transformers' `mean_resizing`."""
     center = base.mean(0)  # (D,)
     covariance = (base - center).T @ (base - center) / len(base)  # (D, D)
     variances, directions = torch.linalg.eigh(covariance)
@@ -51,8 +51,8 @@ def mean(base: Tensor, chunks: Iterable[Segments], std: float, generator: Genera
 
 
 def subtokens(base: Tensor, chunks: Iterable[Segments], std: float, generator: Generator) -> Iterator[Tensor]:
-    """The mean of the rows of the piece's base tokens: what the base, which had to read and write the piece
-    in these parts, knows of it (Gee et al., "Fast Vocabulary Transfer", EMNLP 2022)."""
+    """Average the rows of a piece's base tokens. The base has read and written the piece as these tokens, so
+    their rows hold what it knows of the piece (Gee et al., "Fast Vocabulary Transfer", EMNLP 2022)."""
     for segments in chunks:
         ids = torch.tensor([token for tokens in segments for token in tokens], device=base.device)
         starts = torch.tensor([0, *map(len, segments[:-1])], device=base.device).cumsum(0)
@@ -63,15 +63,15 @@ def subtokens(base: Tensor, chunks: Iterable[Segments], std: float, generator: G
 def calibrate(model: Llama, tokenizer: Tokenizer, first: int, drawn: Text, seed: int) -> None:
     """Shift the head's rows from `first` on so that each piece's mean probability is its share of a text.
 
-    A bias b_v per piece would do that, but LLaMA's head has none. Its hidden states h have a large common
-    part, though: with m their mean and u = m / |m|², u·h is about 1 everywhere, so w_v + b_v u has the logits
-    of w_v, plus about b_v. Iterative scaling finds the b_v: from 0, b_v += log frequency_v - log mean
-    probability_v (Darroch & Ratcliff 1972). The frequencies come from all of `drawn`, h from some of it.
+    A bias b_v per piece would do that, but LLaMA's head has none. However, all hidden states h share a large
+    part. If m is their mean and u = m / |m|², then u·h is about 1 everywhere, so w_v + b_v u has the logits
+    of w_v plus about b_v. Iterative scaling finds b_v: it starts from 0 and adds log frequency_v - log mean
+    probability_v (Darroch & Ratcliff 1972). Frequencies come from all of `drawn`, h from a sample of it.
     """
     positions, rounds = 4096, 5
     weight, device = model.lm_head.weight, model.lm_head.weight.device
     counts, texts = count_tokens(tokenizer, drawn, seed, keep=positions)
-    frequency = torch.from_numpy(counts + 1).float().to(device)  # once more than seen: no logarithm of 0
+    frequency = torch.from_numpy(counts + 1).float().to(device)  # + 1 avoids the logarithm of 0
     frequency /= frequency.sum()
 
     states, times = [], []
@@ -82,7 +82,7 @@ def calibrate(model: Llama, tokenizer: Tokenizer, first: int, drawn: Text, seed:
         states.append(model.hidden_states(torch.tensor([ids], device=device))[0].float())  # (T, D)
         times += [count] * len(ids)
     hidden = torch.cat(states)  # (N, D)
-    share = torch.tensor(times, dtype=torch.float32, device=device)  # (N,), of each position in a mean
+    share = torch.tensor(times, dtype=torch.float32, device=device)  # (N,), the weight of each position
     share /= share.sum()
     common = share @ hidden
     u = common / common.square().sum()  # (D,)
@@ -98,14 +98,14 @@ def calibrate(model: Llama, tokenizer: Tokenizer, first: int, drawn: Text, seed:
 
 
 def count_tokens(tokenizer: Tokenizer, drawn: Text, seed: int, keep: int) -> tuple[np.ndarray, list]:
-    """How often each token occurs in a text, (V,) float64, and `keep` of its documents in random order."""
+    """Return each piece's count in a text, (V,) float64, and `keep` of its documents in random order."""
     counts, kept, rng = np.zeros(len(tokenizer)), [], np.random.default_rng(seed)
     documents = enumerate(drawn)
     while batch := list(islice(documents, 1000)):
         encoded = tokenizer.encode_batch([text for _, (text, _) in batch])
         for (number, document), ids in zip(batch, encoded):
             np.add.at(counts, ids, document[1])
-            # Reservoir sampling: each document so far is kept with the same probability (Knuth, TAOCP 3.4.2).
+            # Reservoir sampling: all documents so far are equally likely to be kept (Knuth, TAOCP 3.4.2).
             place = number if number < keep else int(rng.integers(number + 1))
             if place < keep:
                 kept[place : place + 1] = [document]
@@ -113,21 +113,21 @@ def count_tokens(tokenizer: Tokenizer, drawn: Text, seed: int, keep: int) -> tup
 
 
 INITS = {
-    "normal": normal,  # random, as large as an untrained model's: what MaLA-500's code did
-    "mean": mean,  # the mean of all base rows: what transformers does now
-    "subtokens": subtokens,  # the mean of the rows of the piece's segmentation: the default
-    "calibrated": subtokens,  # and the head expects them as often as a text holds them
+    "normal": normal,  # random, as in an untrained model: MaLA-500's code did this
+    "mean": mean,  # the mean of all base rows: transformers does this now
+    "subtokens": subtokens,  # the mean of the rows of the piece's base tokens: the default
+    "calibrated": subtokens,  # the same, but then the head's rows are fitted to a text
 }
-FITS = {"calibrated": calibrate}  # what then moves the rows to a text
+FITS = {"calibrated": calibrate}  # initialisation -> how it fits the head's rows to a text
 
 
 def extended_matrix(old: Tensor, V_base: int, segments: Segments, init: str, std: float, seed: int) -> Tensor:
-    """old (V_base or more, D) -> (V, D) of the same dtype: V_base old rows, then one for each of `segments`,
-    made in float32. Rows of the checkpoint beyond V_base pad its shape, and go."""
+    """Return `old`, (V_base or more, D), with a row for each of `segments`: (V, D), same dtype. The new rows
+    are computed in float32. Old rows beyond V_base only pad the matrix and are dropped."""
     generator = Generator(old.device).manual_seed(seed)
     base = old[:V_base].float()
     if not base.isfinite().all():
-        raise UserError("the checkpoint's embed_tokens or lm_head holds NaN or infinity; mend or replace it")
+        raise UserError("the checkpoint's embed_tokens or lm_head holds NaN or infinity; fix or replace it")
     matrix = old.new_empty(V_base + len(segments), old.shape[1])
     matrix[:V_base] = old[:V_base]
     chunks = (segments[start : start + CHUNK] for start in range(0, len(segments), CHUNK))
@@ -137,8 +137,8 @@ def extended_matrix(old: Tensor, V_base: int, segments: Segments, init: str, std
 
 
 def segment_new(config: LlamaConfig, base: Tokenizer, merged: Tokenizer) -> Segments:
-    """The base tokens of each piece that `merged` adds to `base`, the tokenizer of `config`'s model. Raises
-    UserError if `base` does not fit the model or `merged` does not begin with all of `base`."""
+    """Return the base tokens of each piece that `merged` adds to `base`, the tokenizer of `config`'s model.
+    Raises UserError if `base` does not fit the model or `merged` does not begin with all of `base`."""
     base.check_fits(config.vocab_size)
     merged.check_extends(base)
     return base.segment(merged.pieces[len(base) :]) if len(merged) > len(base) else []
@@ -148,11 +148,11 @@ def segment_new(config: LlamaConfig, base: Tokenizer, merged: Tokenizer) -> Segm
 def extend_model(
     model: Llama, base: Tokenizer, merged: Tokenizer, init: str = "subtokens", seed: int = 0, drawn: Text = ()
 ) -> None:
-    """Give `embed_tokens` and `lm_head` a row for every piece that `merged` adds to `base`, the model's own.
-    drawn: a text for the initialisations in FITS. Raises UserError as `segment_new` does."""
+    """Give `embed_tokens` and `lm_head` a row for each piece that `merged` adds to the model's tokenizer,
+    `base`. drawn: a text for the initialisations in FITS. Raises UserError as `segment_new` does."""
     segments, config = segment_new(model.config, base, merged), model.config
     options = (len(base), segments, init, config.initializer_range)
-    # Each matrix has a seed: a random row of the head is not the same row of the embeddings.
+    # Different seeds, so that a random row differs between the two matrices.
     embed_tokens = lm_head = extended_matrix(model.get_parameter(EMBED_TOKENS), *options, 2 * seed)
     if not config.tie_word_embeddings:
         lm_head = extended_matrix(model.get_parameter(LM_HEAD), *options, 2 * seed + 1)
@@ -164,10 +164,10 @@ def extend_model(
 def extend_checkpoint(
     source: Path, merged: Tokenizer, out: Path, init: str, seed: int, drawn: Text = (), where: Where = CPU
 ) -> None:
-    """`extend_model` from one checkpoint folder to another, which appears when it is complete. A matrix is
-    made when its turn to be written comes; the model is loaded, to `where`, only for what is in FITS. Raises
-    UserError if `out` exists, if `source` is no such checkpoint, and as `extend_model`."""
-    config = Llama.from_pretrained(source, device="meta").config  # refuses weights that are not the config's
+    """Extend the checkpoint folder `source` into a new one, `out`, which appears when complete. A matrix is
+    made when it is written. Only an `init` in FITS loads the model, to `where`. Raises UserError if `out`
+    exists, if `source` is not such a checkpoint, and as `extend_model` does."""
+    config = Llama.from_pretrained(source, device="meta").config  # raises if weights do not match the config
     base, shards = load_tokenizer(source), weight_files(source)
     with atomic_directory(out) as temporary:
         segments = segment_new(config, base, merged)
@@ -184,7 +184,7 @@ def extend_checkpoint(
             del model
 
         def make(name: str) -> Tensor:
-            (_, old), *_ = read_tensors(file, [name])  # a map of its own: what was read of it goes with it
+            (_, old), *_ = read_tensors(file, [name])  # a new memory map, freed with `old`
             if name not in MATRICES:
                 return old
             name = EMBED_TOKENS if config.tie_word_embeddings else name
