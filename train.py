@@ -6,7 +6,7 @@
 
 The script extends the vocabulary, adds LoRA to the attention layers, and trains LoRA together with all of
 embed_tokens and lm_head. It writes to --out: adapter/ (in PEFT's format, with its tokenizer), base/ (the
-checkpoint with the extended vocabulary, which the adapter needs), nll.json (the NLL of held-out text per
+checkpoint with the extended vocabulary), nll.json (the NLL of held-out text per
 language, before and after), metrics.jsonl and checkpoints/. With --train all it writes model/, a plain
 checkpoint, instead of adapter/. If a run is killed, the same command continues from its last checkpoint.
 """
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from mala import lora
@@ -46,11 +45,11 @@ from mala.words.byte_level import load_tokenizer
 from mala.words.tokenizer import Tokenizer
 from tools import pictures
 from tools.adamw8bit import AdamW8bit
-from tools.dry_run import dry_run
+from tools.dry_run import dry_run, warn_of_warmup
 from tools.gpus import flops_per_token, peak_flops
 from tools.memory_plan import recomputed_blocks
 from tools.run_log import RunLog, peak_memory
-from tools.tables import print_nll
+from tools.tables import counted, print_nll
 
 
 def main() -> None:
@@ -97,12 +96,14 @@ def train(settings: Settings, world: World, dtype: torch.dtype, locks: ExitStack
                 x, y = tokens[rows], targets[rows]
                 torch.manual_seed(dropout_seed(settings.seed, step, world.rank * len(tokens) + row))
                 distributed.sync_gradients(model, rows.stop == len(tokens))
-                mask = run.mask(x) if settings.attend == "document" else None
+                mask = None
+                if settings.attend == "document":
+                    mask = document_mask(x, run.tokenizer.bos_id, model.compute_dtype)
                 # Each loss is multiplied by its share; their sum is the mean. FSDP2 averages over processes.
                 part = model(x, targets=y, share=len(x) / len(tokens), mask=mask)
                 part.backward()
                 loss += part.detach()
-            for parameter in run.waiting if step < settings.warmup_embeddings else ():
+            for parameter in run.late if step < settings.warmup_embeddings else ():
                 parameter.grad = None  # AdamW skips a parameter without a gradient
             grad_norm = clip_grad_norm_(run.trained.values(), settings.max_grad_norm)
             grad_norm = distributed.unsharded(grad_norm).item()
@@ -138,10 +139,10 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
     """Return the rate: linear warm-up to `lr`, then linear or cosine decay to 0 just after the last step."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
-    left = settings.lr * (steps - step) / max(1, steps - settings.warmup_steps)
+    left = (steps - step) / max(1, steps - settings.warmup_steps)  # from 1 down to just above 0
     if settings.schedule == "cosine":
-        return settings.lr * (1 - math.cos(math.pi * left / settings.lr)) / 2
-    return left
+        left = (1 - math.cos(math.pi * left)) / 2
+    return settings.lr * left
 
 
 def dropout_seed(seed: int, step: int, row: int) -> int:
@@ -205,15 +206,16 @@ class Run:
         torch.manual_seed(settings.seed)  # LoRA's A starts at random
         lora.start_lora(model)
         self.trained = lora.trainable_parameters(model)  # name in the model -> parameter
-        self.waiting = [weight for name, weight in self.trained.items() if not lora.saved_module_of(name)]
+        self.late = [weight for name, weight in self.trained.items() if not lora.saved_module_of(name)]
         adamw = AdamW8bit if settings.moments == "8bit" else torch.optim.AdamW
         groups = settings.parameter_groups(self.trained)
         self.optimizer = adamw(groups, settings.lr, weight_decay=settings.weight_decay, fused=True)
         if checkpoint:
             self.load(checkpoint)
         if world.is_main:
-            sizes = f"{len(base_tokenizer):,} pieces -> {len(self.tokenizer):,}; {len(streams)} languages"
-            print(f"{sizes}, {corpus_tokens:,} tokens; {summary}")
+            sizes = f"{len(base_tokenizer):,} pieces -> {len(self.tokenizer):,}"
+            print(f"{sizes}; {counted(streams, 'language')}, {corpus_tokens:,} tokens; {summary}")
+            warn_of_warmup(settings, self.steps)
             if first := model.recomputed_blocks:
                 print(f"gradient checkpointing for the first {first} of {len(model.model['layers'])} blocks")
             if checkpoint:
@@ -222,9 +224,6 @@ class Run:
         self.log = RunLog(self.out, state, self.steps, step_tokens, flops * step_tokens, peak, world)
         if settings.tensorboard:
             self.log.open_tensorboard()
-
-    def mask(self, tokens: Tensor) -> Tensor:
-        return document_mask(tokens, self.tokenizer.bos_id, self.model.compute_dtype)
 
     def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         """Raise UserError if the loss or the gradient is not finite, before it spoils the weights."""
@@ -291,9 +290,9 @@ class Run:
             weight = self.trained[name]
             # AdamW keeps the step count of each parameter as a float32 tensor on its device.
             state, like = self.optimizer.state[weight], weight.detach()
-            waited = 0 if lora.saved_module_of(name) else self.settings.warmup_embeddings
-            state["step"] = torch.tensor(float(self.done - waited), device=weight.device)
-            like = like[:, : tensor.shape[1]] if like.ndim == 2 else like
+            late = 0 if lora.saved_module_of(name) else self.settings.warmup_embeddings
+            state["step"] = torch.tensor(float(self.done - late), device=weight.device)
+            like = like[:, : tensor.shape[1]] if like.ndim == 2 else like  # 8-bit scales have fewer columns
             state[moment] = torch.zeros_like(like, dtype=tensor.dtype)
             distributed.fill(state[moment], tensor)
 
@@ -333,15 +332,7 @@ def check_input(settings: Settings, world: World, dtype: torch.dtype) -> tuple[T
         tokenizer.check_bpe()
     rows = len(tokenizer) if settings.extend_vocab else shapes.config.vocab_size
     added_tokens(Path(settings.model), len(tokenizer), rows)
-    if settings.seq_len > (longest := shapes.config.max_position_embeddings):
-        reads = f"{settings.model} reads at most {longest} tokens (max_position_embeddings)"
-        raise UserError(f"seq_len is {settings.seq_len}, but {reads}; lower --seq-len")
-    if settings.train == "lora":
-        lora.find_targets(shapes, settings.lora())
-    if settings.head_lr and shapes.config.tie_word_embeddings:
-        raise UserError("head_lr is given, but lm_head is tied to embed_tokens; give only --embedding-lr")
-    if settings.attend == "document" and tokenizer.bos_id is None:
-        raise UserError(f"{tokenizer.name}: has no token that begins a document; use --attend block")
+    settings.check_model(shapes, tokenizer)
     return tokenizer, open_corpora(settings)
 
 

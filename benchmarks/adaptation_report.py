@@ -125,8 +125,15 @@ def extension_table(arms: dict[str, Runs]) -> str:
             f"{run['minutes']:.1f}" if "minutes" in run else "",
         ]
         rows.append([*row, f"{bits(run, 'bible'):.3f}"])
-    header = ["arm", "tokens a word", "bytes a token", "bytes/s read", "bytes/s written", "tokens trained on"]
-    return markdown([*header, "minutes of steps", "bits a byte, Bible"], rows)
+    header = [
+        "arm",
+        "tokens per word",
+        "bytes per token",
+        "bytes/s read",
+        "bytes/s written",
+        "tokens trained on",
+    ]
+    return markdown([*header, "minutes of steps", "bits per byte, Bible"], rows)
 
 
 def few_shot_table(arms: dict[str, Runs]) -> str:

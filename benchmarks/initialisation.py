@@ -75,7 +75,7 @@ def main() -> None:
         ]
 
     print_table(
-        ("--init", "bits per byte", "least", "largest", "nats a document", "seconds to extend"),
+        ("--init", "bits per byte", "least", "largest", "nats per document", "seconds to extend"),
         [row(name, result) for name, result in rows.items()],
     )
     if args.json:

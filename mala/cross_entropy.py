@@ -23,9 +23,8 @@ from torch import Tensor
 from mala.loss import cpu, triton_kernel
 
 IGNORE_INDEX = -100
-# Most bytes of logits in a chunk. At V = 260,164 that is 257 float32 rows on a CPU and 4,096 bfloat16 rows on
-# a GPU. With fewer rows the matrix products run below their full rate, and dWeight, which every chunk reads
-# and writes, costs more.
+# Most bytes of logits in a chunk: at V = 260,164, 257 float32 rows on a CPU, 4,096 bfloat16 rows on a GPU.
+# Fewer rows would slow the matrix products, and each chunk reads and writes dWeight.
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 # A GPU multiplies at full rate only if every dimension is a multiple of 8. 260,164 is not, and cuBLAS would
 # use kernels of older chips, half as fast. So a GPU multiplies the last V mod 64 pieces separately.
@@ -49,18 +48,18 @@ def linear_cross_entropy(
     - targets: (N,) int64 in [0, V), or `ignore_index`, which the mean leaves out.
     - implementation: `chunked` or `triton`; by default `triton` on CUDA, else `chunked`.
     - share: the micro-batch's share of its step. It multiplies the loss, and the forward pass adds dWeight to
-      `weight.grad`, which saves a second (V, D) and a pass over it. So call `backward()` on the loss itself.
+      `weight.grad`, which saves a second (V, D) and a pass over it. So do not scale the loss afterwards.
     - only: if only some rows of the weight train: a leaf (n, D) float32 with their values, and their indices
       in the weight. Only these rows get a gradient; the rest of dWeight is not computed.
 
     The loss is a float32 scalar, 0 if every target is ignored. Gradients have the operands' dtypes. Autocast
     has no effect. Raises ValueError for operands that do not fit and for a target outside [0, V). On CUDA
-    only the first call checks the targets; later a wrong one makes the loss NaN.
+    only the first calls check the targets; later a wrong one makes the loss NaN.
     """
     is_training = torch.is_grad_enabled()
     _check(hidden, weight, targets, ignore_index, is_training)
     trained, index = only or (weight, None)
-    mode = (ignore_index, implementation or _best(hidden), is_training, share, index)
+    mode = (ignore_index, implementation or _default(hidden), is_training, share, index)
     return _LinearCrossEntropy.apply(hidden, trained, weight.detach(), targets, *mode)
 
 
@@ -68,7 +67,7 @@ def linear_cross_entropy(
 def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the NLL of every target in nats, without gradients: (N, D), (V, D), (N,) -> (N,) float32."""
     _check(hidden, weight, targets, IGNORE_INDEX, is_training=False)
-    implementation = _best(hidden)
+    implementation = _default(hidden)
     chunks = _chunks(implementation, hidden, weight.to(hidden.dtype), targets)
     losses = [_forward_backward(implementation, chunk, IGNORE_INDEX) for _, *chunk in chunks]
     return torch.cat(losses) if losses else hidden.new_empty(0, dtype=torch.float32)
@@ -95,7 +94,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, i
     _checked.add((targets.device, is_training))
 
 
-def _best(hidden: Tensor) -> str:
+def _default(hidden: Tensor) -> str:
     return "triton" if hidden.is_cuda and triton_kernel.triton is not None else "chunked"
 
 
@@ -104,7 +103,7 @@ def _chunks(implementation: str, hidden: Tensor, weight: Tensor, targets: Tensor
     N, V = len(hidden), len(weight)
     width = triton_kernel.row_width(V) if implementation == "triton" else V
     rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (hidden.element_size() * width))
-    even = -(-N // max(1, -(-N // rows)))  # rows per chunk if as few chunks as possible are equally full
+    even = -(-N // max(1, -(-N // rows)))  # rows of each of the fewest chunks; -(-a // b) rounds a / b up
     rows = max(1, min(rows, -(-even // 16) * 16))  # rounded up to 16, for speed, if that fits
     memory = hidden.new_empty(rows * width)
     for start in range(0, N, rows):
@@ -126,13 +125,13 @@ def _forward_backward(
 ) -> Tensor:
     """Return the losses of a chunk's rows, (C,) float32, 0 if ignored, and add up gradients times `scale`.
 
-    - chunk: as `_chunks` yields it. With a scale, the logits in its memory become scale · (p - e).
-    - d_hidden, d_weight: (C, D) and (V, D) float32, or None for no gradient. With `index`, the rows of the
-      weight that train, d_weight is (n, D). If `is_first`, d_weight is not initialised yet.
+    - chunk: what `_chunks` yields after its rows. With a scale, the logits in it become scale · (p - e).
+    - d_hidden, d_weight: (C, D) and (V, D) float32, or None for no gradient. If `is_first`, d_weight is
+      not initialised yet. index: the rows of the weight that train, if not all; then d_weight is (n, D).
     """
     hidden, weight, targets, memory = chunk
     C, V = len(hidden), len(weight)
-    columns = [slice(0, V)]  # of the logits, multiplied apart
+    columns = [slice(0, V)]  # of the logits, each range multiplied by itself
     if implementation == "triton":
         logits, full = memory.view(C, -1)[:, :V], V - V % ALIGNMENT  # (C, V)
         columns = [part for part in (slice(0, full), slice(full, V)) if part.start < part.stop]
@@ -162,22 +161,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, trained: Tensor, weight: Tensor, targets: Tensor, *mode: Any
     ) -> Tensor:
-        """Return the loss. `trained` is the weight, or those of its rows, `index` in `mode`, that train."""
+        """Return the loss. trained: the weight, or only its rows that train, which stand at `index`."""
         ignore_index, implementation, is_training, share, index = mode
         wants_hidden, wants_weight = (is_training and wanted for wanted in ctx.needs_input_grad[:2])
         in_place = wants_weight and share is not None and trained.is_leaf and trained.dtype == torch.float32
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
-        is_empty, d_weight = not in_place or trained.grad is None, None
+        is_first, d_weight = not in_place or trained.grad is None, None
         if wants_weight:
-            d_weight = torch.empty_like(trained, dtype=torch.float32) if is_empty else trained.grad
+            d_weight = torch.empty_like(trained, dtype=torch.float32) if is_first else trained.grad
         factor = (share or 1.0) / (targets != ignore_index).sum().clamp(min=1).float()
         scale = factor if wants_hidden or wants_weight else None
         for rows, *chunk in _chunks(implementation, hidden, weight.to(hidden.dtype), targets):
-            gradients = [d_hidden[rows] if wants_hidden else None, d_weight, is_empty, index]
+            gradients = [d_hidden[rows] if wants_hidden else None, d_weight, is_first, index]
             total += _forward_backward(implementation, chunk, ignore_index, scale, *gradients).sum()
-            is_empty = False
-        if wants_weight and is_empty:  # there was no chunk, so it is not written yet
+            is_first = False
+        if wants_weight and is_first:  # there was no chunk, so it is not written yet
             d_weight.zero_()
         if in_place:
             trained.grad, d_weight = d_weight, None
@@ -190,4 +189,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("backward ran a second time on this loss; call linear_cross_entropy again")
         pairs, ctx.gradients = zip(ctx.gradients, ctx.dtypes), None
         d_hidden, d_weight = (None if one is None else one.mul_(d_loss).to(dtype) for one, dtype in pairs)
-        return d_hidden, d_weight, *[None] * 7
+        return d_hidden, d_weight, *[None] * 7  # none for the weight, the targets and the mode

@@ -8,8 +8,8 @@ of each token file, so only changed corpus files are tokenised again:
     {"tokenizer": SHA-256, "dtype": "uint16", "languages": {"swh_Latn": [{"source": "swh_Latn.txt", "digest":
         SHA-256, "file": "swh_Latn.0.bin", "documents": 5, "tokens": 130, "bytes": 280, …}, …]}}
 
-Packing is MaLA-500's, except that no token is dropped: a language's documents are concatenated and cut into
-blocks of `seq_len`, and the last block is filled up from the beginning. Attention crosses document borders.
+Packing is MaLA-500's, but no token is dropped: a language's documents are concatenated and cut into blocks
+of `seq_len`; the last is filled up from the beginning. By default attention crosses document borders.
 """
 
 import hashlib
@@ -40,7 +40,6 @@ from mala.storage.files import atomic_file, read_json, write_json
 from mala.words.tokenizer import Tokenizer
 
 POOL_BYTES = 2**22  # less text than this is tokenised faster than other processes can start
-READ_BYTES = 2**24  # bytes in one read: few calls, and little memory
 PREFETCH = 2  # number of batches to read ahead
 Batch = TypeVar("Batch")
 
@@ -59,7 +58,7 @@ def file_digests(files: list[Path], known: dict[str, Any]) -> dict[str, list]:
             return entry
         content = hashlib.sha256()
         with open(file, "rb") as opened:
-            while block := opened.read(READ_BYTES):
+            while block := opened.read(2**24):  # few calls, and little memory
                 content.update(block)
         return [status.st_size, status.st_mtime_ns, content.hexdigest()]
 
@@ -104,7 +103,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, digests: dict[str, list], roo
                 languages.setdefault(language, []).append(part)
             else:
                 missing.append(TokenFile(language, source, size, entry, corpus.reading))
-    write_json(root / "index.json", {**made_by, "languages": languages})  # a kill leaves no wrong entry
+    write_json(root / "index.json", {**made_by, "languages": languages})  # before any file changes
     for name in older.keys() - {part["file"] for parts in languages.values() for part in parts}:
         if re.fullmatch(rf"{LANGUAGE.pattern}\.[\d.]+\.bin", name):
             (root / name).unlink(missing_ok=True)
@@ -175,7 +174,7 @@ def _write_tokens(job: TokenFile, root: Path, tokenizer: Tokenizer | None = None
 
 
 class Stream:
-    """A language's tokens in a row, memory-mapped from one or more files. `Batches` draws the language with
+    """A language's tokens in sequence, memory-mapped from its token files. `Batches` draws the language with
     probability proportional to weight · size^alpha. size: by default the number of `documents`."""
 
     def __init__(self, parts: list[np.ndarray], documents: int, size: float = 0, weight: float = 1):
@@ -198,7 +197,7 @@ class Stream:
 
 
 def open_part(file: Path, dtype: str, documents: int, tokens: int, first: int) -> np.ndarray:
-    """Memory-map the tokens of a token file's `first` documents, or of all if it has fewer."""
+    """Memory-map the tokens of the first `first` documents of a token file, or of all if it has fewer."""
     stream = np.memmap(file, dtype, "r", shape=tokens)
     lengths = np.memmap(file, "<u4", "r", offset=stream.nbytes, shape=documents)
     return stream[: tokens - int(lengths[max(0, first) :].sum())]
@@ -228,8 +227,8 @@ def open_streams(corpus: Corpus, root: Path, by: str = "documents") -> dict[str,
 
 
 class Batches:
-    """The batches of a run: a pure function of seed, step, process rank and number of processes. Each row is
-    a block of one language, drawn by `language_shares`, as MaLA-500 sampled Glot500-c. A language's blocks
+    """The batches of a run. All draws are made at the start and depend only on the seed. Each row of a batch
+    is a block of one language, drawn by `language_shares`, as MaLA-500 sampled Glot500-c. A language's blocks
     come in random order, in a new order each time all have been seen."""
 
     def __init__(

@@ -30,8 +30,7 @@ class LoRAConfig:
     - layers_to_transform: numbers of blocks. Only their layers, and those named in full, get LoRA.
     - layers_pattern: regular expressions for what precedes the block's number in a layer's name.
     - rank_pattern, alpha_pattern: regular expression for the end of a layer's name -> its r or lora_alpha.
-    - trainable_token_indices: embed_tokens or lm_head -> its only rows that train. In a tied model name
-      embed_tokens.
+    - trainable_token_indices: embed_tokens (also for a tied head) or lm_head -> its only rows that train.
     """
 
     r: int = 8
@@ -85,7 +84,6 @@ def is_named(name: str, wanted: tuple[str, ...] | str) -> bool:
 class LoRALinear(nn.Linear):
     """A linear layer with a low-rank update, y = W x + b + scaling · B A dropout(x).
 
-
     x (B, T, D_in) ──┬───────────── W (D_out, D_in), b ───────────────┬── + ──> y (B, T, D_out)
                      │              frozen, compute dtype             │
                      └─ dropout ── A (R, D_in) ── B (D_out, R) ── · ──┘
@@ -118,7 +116,7 @@ class LoRALinear(nn.Linear):
 
 
 class TrainedRows(nn.Module):
-    """The rows `ids` of a frozen (V, D) matrix, which train: (n, D) float32, like gradients and moments.
+    """The rows `ids` of a frozen (V, D) matrix, which train: (n, D) float32, as their gradients and moments.
     PEFT named the parameter a delta, but its rows replace those of the matrix."""
 
     def __init__(self, weight: Tensor, ids: list[int]):
@@ -129,7 +127,7 @@ class TrainedRows(nn.Module):
         self.V = len(weight)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Put the trained rows into a copy of x (B, T, D), which are the frozen rows of `tokens` (B, T)."""
+        """Return x (B, T, D), frozen rows of `tokens` (B, T), with the trained rows in place of theirs."""
         n = len(self.trainable_tokens_delta)
         number = torch.full((self.V,), -1, device=tokens.device)  # id -> its trained row, or -1
         number[self.index] = torch.arange(n, device=tokens.device)

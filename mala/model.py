@@ -93,8 +93,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def document_mask(tokens: Tensor, bos_id: int, dtype: torch.dtype) -> Tensor:
-    """Return what to add to attention scores to hide other documents, 0 or -inf: (B, 1, T, T). `bos_id`
-    begins documents in the packed `tokens` (B, T). Positions go on, because rotary ones are relative."""
+    """Return what to add to attention scores, 0 or -inf, so that a token sees its document up to itself:
+    (B, 1, T, T). `bos_id` begins documents in `tokens` (B, T). Rotary positions need no restart."""
     document = (tokens == bos_id).cumsum(1)  # (B, T), the number of each token's document
     is_seen = (document[:, None, :, None] == document[:, None, None, :]).tril()
     return torch.zeros(is_seen.shape, dtype=dtype, device=tokens.device).masked_fill_(~is_seen, -torch.inf)
@@ -195,7 +195,7 @@ class Attention(nn.Module):
         if cached is not None:
             cached[0][:, :, -T:], cached[1][:, :, -T:] = k, v
             k, v = cached  # (B, K, S+T, head_dim) each
-        # A single new token sees the whole cache. (`if`, because T > 1 is not a bool in a compiled block.)
+        # A single new token sees the whole cache. (`if … else` makes a bool: compiled, T > 1 is symbolic.)
         is_causal = True if mask is None and T > 1 else False
         is_gqa = self.K != self.H
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_gqa)
@@ -279,7 +279,7 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Return the vectors (B, T, D) that `lm_head` reads. `tokens` is (B, T) int64, and by default they
         continue the S cached tokens in order. For another order give `positions` (B, T) and `mask` (B, 1, T,
-        S+T), which is true if a token (row) sees another (column), or is added to the attention score."""
+        S+T): either boolean, true where a row sees a column, or float, added to the attention scores."""
         T, S, device = tokens.shape[1], cache.length if cache is not None else 0, tokens.device
         x = self.model["embed_tokens"](tokens, into_grad).to(self.compute_dtype)  # (B, T, D)
         if mask is None and S and T > 1:

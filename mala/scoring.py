@@ -29,8 +29,8 @@ MAX_LENGTH = 2048  # most tokens that a model reads, in the published protocol
 ALONE = World()
 Encoded = list[tuple[list[int], list[list[int]]]]  # each example's context and continuations, as tokens
 # Tokens to read, and the predictions: (number of the sum it adds to, index of the token before, token).
-Row = tuple[list[int], list[tuple[int, int, int]]]
-Tree = tuple[Row, Row, list[int]]  # the stem, the branches, and the branch of each of their tokens
+Query = tuple[list[int], list[tuple[int, int, int]]]
+Tree = tuple[Query, Query, list[int]]  # the stem, the branches, and the branch of each of their tokens
 
 
 def batch_tokens(model: Llama) -> int:
@@ -68,9 +68,9 @@ def pad(rows: list[list[int]], device: torch.device) -> Tensor:
     return torch.tensor(filled, dtype=torch.int64, pin_memory=is_pinned).to(device, non_blocking=True)
 
 
-def launch(model: Llama, rows: list[Row], **order: Any) -> tuple[list[int], Tensor]:
-    """Start a forward pass. Return of its N predictions the numbers of their sums, and the NLL (N,) in nats,
-    which stays on the device. order: for `Llama.hidden_states`."""
+def launch(model: Llama, rows: list[Query], **order: Any) -> tuple[list[int], Tensor]:
+    """Start a forward pass that makes N predictions. Return for each the number of its sum, and its NLL in
+    nats, (N,), left on the device. order: for `Llama.hidden_states`."""
     tokens = pad([tokens for tokens, _ in rows], model.lm_head.weight.device)  # (B, T)
     T, predicted = tokens.shape[1], [(b, *one) for b, (_, of_row) in enumerate(rows) for one in of_row]
     places, targets = [b * T + place for b, _, place, _ in predicted], [token for *_, token in predicted]
@@ -91,12 +91,11 @@ def add_up(
     advance: Callable = lambda done: None,  # is told how many more texts are started
 ) -> list[float]:
     """Score `parts` in batches and return the sums of their NLL, in nats. Processes with a sharded model take
-    turns with the batches, and each gets all sums. No result is read before all batches are started, so a GPU
-    never waits for the host."""
+    turns with the batches; each gets all sums. Results are read last, so a GPU never waits for the host."""
     was_training, device = model.training, model.lm_head.weight.device
     model.eval()
     dealt, started = batches(widths, world.from_main(lambda: batch_tokens(model)), batch_size), []
-    for turn in range(world.rank, len(dealt) + world.rank, world.size):
+    for turn in range(world.rank, len(dealt) + world.rank, world.size):  # equally many turns for each process
         # A sharded model needs all processes to compute: one that has no batch left repeats the last.
         result = start(model, [parts[number] for number in dealt[min(turn, len(dealt) - 1)]])
         if turn < len(dealt):
@@ -138,10 +137,10 @@ def documents_nll(
 def tree(context: list[int], continuations: dict[int, list[int]]) -> Tree:
     """Return the stem and the branches of a context and its continuations, for two forward passes.
 
-    Here continuations a and b of a context c both begin with s. Pass 1 reads the *stem*, the context and the
-    shared beginning, like any text. Pass 2 reads the *branches*. A token sees those marked in its line: the
-    stem and its own branch. Its position ignores the other branches. So each prediction is what a pass for
-    each continuation would give. A continuation's last token is not read: nothing is predicted after it.
+    Here c0 c1 is a context with the continuations s a1 a2 a3 and s b1 b2. Pass 1 reads the *stem*, c0 c1 s,
+    like any text. Pass 2 reads the *branches*. A token sees the stem and its own branch. Its position ignores
+    the other branches. So each prediction is what a pass for each continuation would give. A continuation's
+    last token is not read: nothing is predicted after it.
 
         pass  token  position   sees  c0 c1  s   a1 a2   b1   and predicts
         1     c0     0                x
@@ -164,7 +163,7 @@ def tree(context: list[int], continuations: dict[int, list[int]]) -> Tree:
 
 def trees(encoded: Encoded, max_length: int) -> list[Tree]:
     """Build the trees, with contexts cut as published: the model reads at most the `max_length` tokens before
-    a label's last one. Only labels of equal length share a cut context: longer ones leave less of it."""
+    a label's last one. A longer label leaves less of a cut context, so only labels of one length share it."""
     grown, numbers = [], itertools.count()
     for context, continuations in encoded:
         longest = max(map(len, continuations))

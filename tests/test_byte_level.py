@@ -346,7 +346,7 @@ def test_other_mistakes(tmp_path, monkeypatch):
         UserError, match="a union would add pieces that no text produces; .*--method continue"
     ):
         merge(base, Tokenizer.from_pretrained(TINY))
-    with pytest.raises(UserError, match=r"it yields \d+; ask for no more"):
+    with pytest.raises(UserError, match=r"the text yields \d+; lower --extend-vocab"):
         continue_merges(base, count_words([("moja mbili", 3)], base.words), 10_000)
     with pytest.raises(UserError, match="602 pieces, but the model has 601 rows"):
         base.check_fits(601)

@@ -86,7 +86,7 @@ def test_the_splits_are_the_document_in_order(n, held_out, most, tmp_path_factor
 BAD = {
     "no folder": ({}, r"corpus: there is no such folder"),
     "nothing in it": ({"README.md": ""}, r"corpus: not a corpus"),
-    "only blank": ({"swh_Latn.txt": "\n \n"}, r"corpus: the corpus is empty"),
+    "only blank": ({"swh_Latn.txt": "\n \n"}, r"corpus: no language has a document"),
     "bytes": ({"swh_Latn.txt": b"good\nalso\nbad \xff\n"}, r"swh_Latn\.txt: line 3 is not UTF-8 \(byte 0xff at column 5\)"),
     "bytes after BOM": ({"swh_Latn.txt": b"\xef\xbb\xbfab\xff\n"}, r"line 1 is not UTF-8 \(byte 0xff at column 6\)"),
     "half a surrogate": ({"swh_Latn.jsonl": '{"text": "\\ud800"}\n'}, r"swh_Latn\.jsonl: line 1 is not a JSON object"),

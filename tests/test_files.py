@@ -1,6 +1,7 @@
 """Test mala.storage.files and mala.storage.weights: safe writing, shards, and a full disk."""
 
 import json
+import os
 import random
 import resource
 import subprocess
@@ -44,6 +45,27 @@ def test_a_folder_is_replaced_only_on_demand(tmp_path):
     ):
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_is_replaced_is_whole_or_absent_at_any_moment(tmp_path, monkeypatch):
+    folder, seen = tmp_path / "folder", []
+
+    def then_look(function):
+        def call(*arguments, **options):
+            function(*arguments, **options)
+            seen.append(sorted(entry.name for entry in folder.iterdir()) if folder.exists() else None)
+
+        return call
+
+    for contents in (("a", "b"), ("c", "d")):
+        with atomic_directory(folder, replace=True) as temporary:
+            for content in contents:
+                (temporary / content).touch()
+            monkeypatch.setattr(os, "replace", then_look(os.replace))
+            monkeypatch.setattr(os, "rmdir", then_look(os.rmdir))
+            monkeypatch.setattr(os, "unlink", then_look(os.unlink))
+    assert all(names in (["a", "b"], ["c", "d"], None) for names in seen) and ["a", "b"] in seen
+    assert seen[-1] == ["c", "d"] and [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
 def test_files_are_as_readable_as_any(tmp_path):

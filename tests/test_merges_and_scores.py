@@ -15,7 +15,7 @@ from mala.cli import UserError
 from mala.storage.corpus import Corpus
 from mala.vocab import count_words, sample, train_pieces
 from mala.words.further_merges import continue_merges, learn
-from mala.words.merges_and_scores import Unions, merge
+from mala.words.merges_and_scores import Scored, merge
 from mala.words.tokenizer import Tokenizer, append_pieces
 from tools.fertility import unreachable
 
@@ -96,7 +96,7 @@ def test_pieces_are_those_of_the_naive_learner_and_all_can_occur(texts, dead, si
     known = base.scores()
     words = Counter("▁" + word for text in texts for word in text.split(" ") if word)
     symbols = [(merge_symbols(list(word), known), times) for word, times in words.items()]
-    pieces = learn(symbols, Unions(known), size)
+    pieces = learn(symbols, Scored(known), size)
     assert pieces == learn_naively(words, known, size)
     merged = Tokenizer(
         append_pieces(base, {piece: min(known.values()) - i for i, piece in enumerate(pieces, 1)})
@@ -119,14 +119,14 @@ def test_pieces_are_those_of_the_naive_learner_and_all_can_occur(texts, dead, si
 )
 @settings(deadline=None, max_examples=200)
 def test_merging_one_more_piece_is_merging_anew(text, new):
-    """Compare Unions.merge, which looks only at places of the piece, with merge_symbols, which starts from
+    """Compare Scored.merge, which looks only at places of the piece, with merge_symbols, which starts from
     the characters."""
     scores = {character: 0.0 for character in "abcde"} | {"ab": -1.0, "cd": -2.0, "abcd": -3.0}
     symbols = merge_symbols(list(text), scores)
     for number, piece in enumerate(dict.fromkeys(new), 4):
         if piece not in scores and any(piece == a + b for a in scores for b in scores):
             scores[piece] = -float(number)
-            symbols = Unions(scores).merge(symbols, piece)
+            symbols = Scored(scores).merge(symbols, piece)
             assert symbols == merge_symbols(list(text), scores)
 
 
@@ -137,7 +137,7 @@ def test_text_without_spaces_is_learnt_in_fragments():
     together = continue_merges(BASE, count_words([(line, 2)]), 10)
     assert {"银行", "中国"} <= set(Tokenizer(together).pieces[len(BASE) :])
     # Words longer than MAX_FRAGMENT are cut into fragments.
-    long = learn([(list("ab" * 500), 2)], Unions({"a": 0.0, "b": 0.0}), 5)
+    long = learn([(list("ab" * 500), 2)], Scored({"a": 0.0, "b": 0.0}), 5)
     assert long[0] == "ab" and len(long[-1]) == 16
 
 
@@ -190,5 +190,5 @@ def test_old_text_keeps_its_ids_where_no_new_piece_is_needed():
 
 
 def test_a_corpus_that_yields_fewer_pieces():
-    with pytest.raises(UserError, match=r"it yields \d+; ask for no more"):
+    with pytest.raises(UserError, match=r"the text yields \d+; lower --extend-vocab"):
         continue_merges(BASE, count_words([("moja mbili", 3)]), 10_000)

@@ -355,7 +355,7 @@ def test_without_tensorboard_the_flag_says_what_to_install(tmp_path, train, monk
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
-    survive(tmp_path, [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL], steps=40, seed=1)
+    survive(tmp_path, [signal.SIGKILL, signal.SIGTERM] * 2, steps=40, seed=1)
 
 
 def test_a_dry_run_writes_nothing_and_needs_no_weights(tmp_path, train):

@@ -343,8 +343,8 @@ def test_wrong_command_lines_leave_nothing(base, new, tmp_path, monkeypatch):
         "alpha is nan, expected": ["train", "--data", data, "--size", 100, "--alpha", "nan"],
         "seed is -1, expected": ["train", "--data", data, "--size", 100, "--seed", -1],
         "seed is 4294967296, expected": ["extend", "--model", TINY, "--tokenizer", tmp / "merged.model", "--seed", 2**32],
-        "corpus is empty": ["train", "--data", tmp / "empty", "--size", 100],
-        r"cannot learn 1000000 pieces from this corpus: it yields \d+": [
+        "no language has a document": ["train", "--data", tmp / "empty", "--size", 100],
+        r"cannot learn 1000000 pieces, the text yields \d+": [
             "merge", "--method", "continue", "--base", TINY, "--data", data, "--size", 1_000_000],
         r"cannot learn 1000000 pieces.*SentencePiece says: Vocabulary size too high.*<= \d+": ["train", "--data", data, "--size", 1_000_000],
         "does not begin with the pieces of": ["extend", "--model", TINY, "--tokenizer", tmp / "new.model"],

@@ -13,7 +13,7 @@ from mala.benchmarks.results import bootstrap, mean, means_by, row_blocks, value
 from mala.cli import UserError
 from mala.storage.corpus_formats import read_lines
 from mala.storage.files import read_json, write_json
-from tools.tables import tabulate
+from tools.tables import counted, tabulate
 
 SETTINGS = "data model adapter protocol shots seeds split limit dtype".split()  # reported if they differ
 FLIPS = 9999  # random sign patterns in a paired test
@@ -106,13 +106,15 @@ def _total(members: dict[str, dict], better: int) -> dict[str, Any]:
     result = {"languages": len(members), **_difference(*sides)}
     for name, sign in (("won", better), ("lost", -better)):
         p = [one["p"] for one in members.values() if one["difference"] * sign > 0]
-        result |= {name: len(p), f"{name}_significantly": sum(value < 0.05 for value in p)}
+        significant = sum(value is not None and value < 0.05 for value in p)
+        result |= {name: len(p), f"{name}_significantly": significant}
     return result
 
 
 def _difference(a: list[float], b: list[float]) -> dict[str, Any]:
     d = [y - x for x, y in zip(a, b)]
-    return {"a": mean(a), "b": mean(b), "difference": mean(d), "ci95": bootstrap(d), "p": paired_p(d)}
+    p = paired_p(d) if len(d) > 1 else None  # a single pair cannot be tested
+    return {"a": mean(a), "b": mean(b), "difference": mean(d), "ci95": bootstrap(d), "p": p}
 
 
 def print_comparison(result: dict[str, Any]) -> None:
@@ -127,8 +129,9 @@ def print_comparison(result: dict[str, Any]) -> None:
     for key, (a, b) in result["differing_settings"].items():
         print(f"{key}: A {a}, B {b}")
     if result["left_out"]:
-        print(f"left out, because not in both runs or not asked for: {len(result['left_out'])} languages")
-    what = "nats a document, fewer are better" if is_nll else "accuracy"
+        left_out = counted(result["left_out"], "language")
+        print(f"left out, because not in both runs or not asked for: {left_out}")
+    what = "nats per document, fewer are better" if is_nll else "accuracy"
     surely = f"better in {total['won_significantly']}, worse in {total['lost_significantly']}"
     surely = f"with p < 0.05 (paired; {0.05 * count:.1f} expected by chance) {surely}"
     found = f"B is better in {total['won']} languages and worse in {total['lost']} of {count}"

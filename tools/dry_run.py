@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -18,7 +19,7 @@ from mala.words.byte_level import load_tokenizer
 from mala.words.tokenizer import Tokenizer
 from tools.gpus import flops_per_token, peak_flops
 from tools.memory_plan import memory_plan, recomputed_blocks, room, step_of
-from tools.tables import print_table
+from tools.tables import counted, print_table
 
 # Advertised GB -> the GiB that PyTorch finds on the smallest such card. The driver keeps a part of each.
 GPU_SIZES = {16: 14.6, 24: 22.0, 32: 31.3, 40: 39.3, 48: 44.3, 80: 79.0, 96: 93.0, 141: 139.0, 192: 178.0}
@@ -54,8 +55,18 @@ def planned_model(settings: Settings, tokenizer: Tokenizer, dtype: torch.dtype) 
                 "" if settings.vocab_method == "continue" else " at most, fewer if the base already has some"
             )
             print(f"vocabulary: {len(tokenizer):,} pieces + {settings.extend_vocab:,} = {size:,}{more}")
+        settings.check_model(model, tokenizer)
         settings.choose_trained(model, len(tokenizer))
     return model
+
+
+def warn_of_warmup(settings: Settings, steps: int) -> None:
+    """Print a warning if a run is so short that the learning rate never reaches `lr`."""
+    if steps <= settings.warmup_steps:
+        short = f"the run has only {steps} steps, and the warm-up takes {settings.warmup_steps}"
+        short += f", so the learning rate never reaches {settings.lr:g}"
+        remedy = "lower --batch-size or --warmup-steps, or see configs/small-corpus.toml"
+        print(f"warning: {short}; {remedy}", file=sys.stderr)
 
 
 def print_corpus(settings: Settings, tokenizer: Tokenizer) -> int:
@@ -66,7 +77,8 @@ def print_corpus(settings: Settings, tokenizer: Tokenizer) -> int:
         for texts in documents.values():
             first = list(islice(texts, 100))
             tokens += round(sum(map(len, tokenizer.encode_batch(first, bos=True))) / len(first) * len(texts))
-        count = f"{len(documents)} languages, {sum(map(len, documents.values())):,} documents to train on"
+        total = sum(map(len, documents.values()))
+        count = f"{counted(documents, 'language')}, {total:,} documents to train on"
         more = "; the extended tokenizer makes fewer" if settings.extend_vocab else ""
         about = f"about {tokens:,} tokens of the base tokenizer (estimated from 100 documents per language)"
         share = f"replay, {settings.replay_share:.3g} of the tokens of a step: " if name else ""
@@ -77,12 +89,14 @@ def print_corpus(settings: Settings, tokenizer: Tokenizer) -> int:
 
 def print_plan(model: Llama, settings: Settings, steps: int, world: World) -> None:
     """Print what a run of `steps` steps takes in each process, and how large a GPU it needs."""
-    print(f"{parameter_report(model)}; {flops_per_token(model, settings.seq_len):,} FLOPs a token")
+    print(f"{parameter_report(model)}; {flops_per_token(model, settings.seq_len):,} FLOPs per token")
     devices = f"each of {world.size} devices" if world.size > 1 else "one device"
     at_a_time = f"{settings.micro_batch(world.size):,} at a time on {devices}"
     step = f"a step: {settings.batch_size:,} sequences of {settings.seq_len:,} tokens, {at_a_time}"
     blocks = steps * settings.batch_size
-    print(f"{step}; {steps:,} steps: {blocks:,} sequences, {blocks * settings.seq_len:,} tokens")
+    most = "" if settings.steps or not settings.extend_vocab else "at most "
+    print(f"{step}; {most}{steps:,} steps: {blocks:,} sequences, {blocks * settings.seq_len:,} tokens")
+    warn_of_warmup(settings, steps)
     is_here = world.device == "cuda" and torch.cuda.is_available()
     free = room(world.device) if is_here else math.inf  # unknown for a GPU of another machine
     model.recomputed_blocks = recomputed_blocks(model, settings, world, free)

@@ -29,6 +29,8 @@ def find_model(model: str | None, adapter: str | None) -> tuple[Path, Path | Non
         return base_of(found), found
     has_run = any((DEMO_RUN / name).is_dir() for name in ("adapter", "model"))
     folder = find_folder(model) if model else DEMO_RUN if has_run else TINY_LLAMA
+    if not found and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return base_of(folder), folder  # an adapter, given as the model
     trained, whole = folder / "adapter", folder / "model"  # train.py writes model/ with --train all
     if not trained.is_dir():
         return (whole if whole.is_dir() else folder), found

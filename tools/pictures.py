@@ -79,14 +79,14 @@ def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None
     with picture(out / "loss.png", figsize=(7, 4)) as axis:
         axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1.5)
         axis.set_xlabel("step")
-        axis.set_ylabel("training loss, nats a token")
+        axis.set_ylabel("training loss, nats per token")
         axis.grid(alpha=0.3)
         measured = [line for line in lines if "nll_per_document" in line]
         if measured:
             right = axis.twinx()
             steps, nll = [line["step"] for line in measured], [line["nll_per_document"] for line in measured]
             right.plot(steps, nll, "o--", color="tab:orange")
-            right.set_ylabel("held-out NLL, nats a document", color="tab:orange")
+            right.set_ylabel("held-out NLL, nats per document", color="tab:orange")
 
     before, after = before["languages"], after["languages"]
     languages = sorted(before, key=lambda language: after[language]["nll_per_document"])
@@ -98,7 +98,7 @@ def draw_run(out: Path, before: dict[str, dict], after: dict[str, dict]) -> None
             axis.plot(x, ends[0], "o", color="black", markerfacecolor="white", markersize=4)
             axis.plot(x, ends[1], "o", color=color, markersize=4)
         log_scale(axis)
-        axis.set_ylabel("held-out NLL, nats a document")
+        axis.set_ylabel("held-out NLL, nats per document")
         axis.set_title("before (hollow) and after; red: worse", fontsize=10)
         name_languages(axis, languages, "by NLL after")
 
@@ -123,7 +123,7 @@ def draw_results(result: dict[str, Any], path: Path) -> None:
             axis.plot(uniform, ":", color="black", label="uniform guess", **steps)
             axis.set_ylim(0, 1)
             axis.legend(fontsize=8)
-        axis.set_ylabel("NLL, nats a document" if of_nll else f"accuracy, {result['shots']} shots")
+        axis.set_ylabel("NLL, nats per document" if of_nll else f"accuracy, {result['shots']} shots")
         model = _short(result["adapter"] or result["model"])
         mean = f"{result['macro'][key]:.{1 if of_nll else 3}f}"
         axis.set_title(f"{model}: {len(names)} languages, mean {mean}; bars: 95 %", fontsize=10)

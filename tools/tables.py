@@ -1,6 +1,6 @@
 """Print the tables of the commands. Most of them have one line per language."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Sized
 from typing import Any
 
 from mala.benchmarks.results import Figures, Languages, by_script, macro
@@ -42,9 +42,9 @@ def print_nll(before: dict[str, Any], after: dict[str, Any], known: Collection[s
             continue  # one group is all languages
         b, a = (macro({one: of["languages"][one] for one in members}) for of in (before, after))
         change = a["nll_per_document"] / b["nll_per_document"] - 1
-        languages = f"{len(members)} language{'s' * (len(members) > 1)}"
+        languages = counted(members, "language")
         print(
-            f"held-out NLL, nats a document, mean of {languages}{kind}: {b['nll_per_document']:.1f} -> "
+            f"held-out NLL, nats per document, mean of {languages}{kind}: {b['nll_per_document']:.1f} -> "
             f"{a['nll_per_document']:.1f} ({change:+.1%}), bits per byte {b['bits_per_byte']:.2f} -> "
             f"{a['bits_per_byte']:.2f}; improved: {sum(changes[one] < 0 for one in members)} of "
             f"{len(members)}"
@@ -88,6 +88,11 @@ OF_EXAMPLES: Columns = {
 }
 
 
+def counted(things: Sized, noun: str) -> str:
+    """Return "1 language", "2 languages"."""
+    return f"{len(things):,} {noun}{'s' * (len(things) != 1)}"
+
+
 def tabulate(result: dict[str, Any], columns: Columns, key: str, descending: bool = False) -> None:
     """Print a table of languages in the order of the figure `key`, then groups and the macro-average. In the
     columns of counts, groups and the average show the sum over their languages."""
@@ -108,5 +113,6 @@ def tabulate(result: dict[str, Any], columns: Columns, key: str, descending: boo
     in_order = sorted(languages, key=lambda language: languages[language][key], reverse=descending)
     rows = [row(language, languages[language], {}) for language in in_order]
     groups = by_script(languages) if "groups" in result else []
-    last = [row(f"{name}, {len(group)} languages", result["groups"][name], group) for name, group in groups]
+    of_groups = result.get("groups", {})
+    last = [row(f"{name}, {counted(group, 'language')}", of_groups[name], group) for name, group in groups]
     print_table(("language", *columns), rows, [*last, row("macro-average", result["macro"], languages)])

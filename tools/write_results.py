@@ -12,7 +12,7 @@ from mala.cli import UserError
 from mala.storage.files import atomic_file, read_json, write_json
 from tools import pictures
 from tools.measurement import Measurement
-from tools.tables import print_results
+from tools.tables import counted, print_results
 
 
 def write_results(measurements: list[Measurement], out: Path, settings: Any, of_run: dict) -> None:
@@ -45,7 +45,7 @@ def write_results(measurements: list[Measurement], out: Path, settings: Any, of_
     print_results(result)
     models = " + ".join(filter(None, (result["model"], result["adapter"])))
     what = f"{texts:,} documents, NLL in nats" if is_nll else f"{texts:,} examples"
-    print(f"{models}: {len(languages)} languages, {what}, {seconds:.0f} s; {file}")
+    print(f"{models}: {counted(languages, 'language')}, {what}, {seconds:.0f} s; {file}")
     if pictures.is_available():
         try:
             pictures.draw_results(result, out / "results.png")

@@ -30,7 +30,7 @@ class Task:
     """A benchmark that gives each text one of a few labels. To add one, list a subclass in TASKS."""
 
     file: str  # a pattern with {language} and {split}, below the benchmark's folder
-    header: list[str] | None = None  # first line of a file; with a header a file is CSV with tabs
+    header: list[str] | None = None  # first line of a file that is CSV with tabs; None: plain lines
     labels: list[str]  # in the published order: if scores are equal, the first label wins
     prompt: str  # the text before the label
     shots, seed, protocol = 3, 1234, "published"  # defaults, if the settings give none
@@ -97,13 +97,13 @@ class Task:
 
 
 def draw_shots(rng: np.random.Generator, train: list, row: Any, shots: int) -> list[int]:
-    """Return the train rows to show before `row`: the first `shots` drawn that differ from `row`. Trap: the
-    published loop stops only when it gets one index too many, so it has usually begun another draw. That
-    draw advances `rng`, which changes the shots of all later rows."""
+    """Return the train rows to show before `row`: the first `shots` drawn that differ from it; a second draw
+    may repeat some. Trap: the published loop stops only when it gets one index too many, so it has usually
+    begun another draw. That draw advances `rng`, which changes the shots of all later rows."""
     if shots and all(other == row for other in train):
         raise UserError(f"row {row.id}: all train rows are equal to it; add others, or use --shots 0")
     chosen: list[int] = []
-    while shots:
+    while shots:  # with shots it ends by `return`
         for index in rng.choice(len(train), size=shots, replace=False, shuffle=True).tolist():
             if len(chosen) == shots:
                 return chosen

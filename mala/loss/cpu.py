@@ -28,7 +28,7 @@ def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor
         p = scratch[: len(part)].copy_(part)
         target_logit, largest = p.gather(1, index), p.amax(1, keepdim=True)
         torch.softmax(p, 1, out=p)
-        # Trap: added to a logit of several hundred, the logarithm, at most log V, would lose digits.
+        # Trap: a logarithm, at most log V, loses digits if it is first added to a logit of several hundred.
         losses.append((largest - target_logit - p.amax(1, keepdim=True).log()).where(kept, 0)[:, 0])
         if scale is not None:
             p.scatter_add_(1, index, -torch.ones_like(largest))
@@ -57,7 +57,7 @@ def logits_and_losses(
     if scale is not None:
         logits.mul_((scale / total.where(kept, torch.inf))[:, None])
         logits[at_target] -= scale * kept
-    # Trap: added to a logit of several hundred, the logarithm, at most log V, would lose digits.
+    # Trap: a logarithm, at most log V, loses digits if it is first added to a logit of several hundred.
     return (total.log() + (largest - target_logit)).where(kept, 0)
 
 

@@ -13,6 +13,7 @@ BLOCK = 8192  # logits that a program of the kernel processes at a time: 32 in e
 
 
 def _block(V: int) -> int:
+    """Return the smallest power of two that is at least V, but at most BLOCK."""
     return min(2 ** (V - 1).bit_length(), BLOCK)
 
 
@@ -45,9 +46,9 @@ if triton is not None:
         softmax, arXiv 1805.02867), so no exponent is above 0 and none overflows. Then the lanes are combined.
         Pass 2 reads the row again, mostly from the cache, and writes exp(logit - largest) / total, minus 1 at
         the target, times the scale. Rows begin at multiples of BLOCK, so whole blocks are read and written,
-        16 bytes a thread at a time. Memory beyond V may hold anything and counts as -inf.
+        16 bytes a thread at a time. Memory beyond V counts as -inf; what pass 2 writes there is not read.
         """
-        row = tl.program_id(0).to(tl.int64)  # row * stride exceeds 2^31 at 8,255 rows of 260,164 logits
+        row = tl.program_id(0).to(tl.int64)  # row * stride could exceed 2^31: at 8,192 rows of 262,144 logits
         logits += row * stride
         target = tl.load(targets + row)
         is_kept = target != ignore_index

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from mala.cli import UserError, check_folder, check_ranges, option
-from mala.lora import LoRAConfig, add_lora, saved_module_of, train_all
+from mala.lora import LoRAConfig, add_lora, find_targets, saved_module_of, train_all
 from mala.model import Llama
 from mala.storage.adapter_config import SAVEABLE
 from mala.storage.corpus_formats import Reading
 from mala.words.new_rows import INITS
+from mala.words.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 CHECKPOINTING = ("auto", "on", "off")  # auto: recompute only as many blocks as memory requires
@@ -94,8 +95,7 @@ class Settings(Reading):
         check_ranges(self, {name: (0, 2**32 - 1) for name in from_zero.split()})
         self._check_what_trains()
         if not (0 < self.replay_share < 1 if self.replay else self.replay_share == 0):
-            expected = "a number between 0 and 1 with --replay, and 0 without it"
-            raise UserError(f"replay_share is {self.replay_share}, expected {expected}")
+            raise UserError(f"replay_share is {self.replay_share}, expected e.g. 0.1 with --replay, else 0")
         if self.steps and self.steps * self.batch_size > 2**31:
             blocks = f"{self.steps:,} steps of {self.batch_size:,} sequences"
             raise UserError(f"{blocks} are more than the limit of 2^31 sequences; lower --steps")
@@ -121,6 +121,17 @@ class Settings(Reading):
                 raise UserError(f"{rate} is given, but modules_to_save lacks {module}, so it does not train")
         if self.samples and not self.eval_every:
             raise UserError("samples are shown at every --eval-every, which is not set; set it, too")
+
+    def check_model(self, model: Llama, tokenizer: Tokenizer) -> None:
+        """Raise UserError if a model, which may be on "meta", cannot train with these settings."""
+        if self.seq_len > (longest := model.config.max_position_embeddings):
+            raise UserError(f"seq_len is {self.seq_len}, but the base reads at most {longest}; lower it")
+        if self.train == "lora":
+            find_targets(model, self.lora())
+        if self.head_lr and model.config.tie_word_embeddings:
+            raise UserError("head_lr is given, but lm_head is tied to embed_tokens; give only --embedding-lr")
+        if self.attend == "document" and tokenizer.bos_id is None:
+            raise UserError(f"{tokenizer.name}: has no token that begins a document; use --attend block")
 
     def language_weights(self) -> dict[str, float]:
         """Return language -> weight. Raises UserError for a malformed entry, or a language named twice."""

@@ -122,8 +122,8 @@ class Corpus:
         parts = {language: self.documents(language, split) for language in self.languages}
         found = {name: part for name, part in progress(parts.items(), f"counting {split}") if len(part)}
         if not found:
-            empty = f"the corpus is empty: no language has a document in its {split} split"
-            raise UserError(f"{self.root}: {empty}; add files for it, or change held_out ({self.held_out})")
+            empty = f"no language has a document for its {split} split (held_out is {self.held_out})"
+            raise UserError(f"{self.root}: {empty}; in a .txt each line is a document: add more of them")
         return found
 
     def load(self, split: str) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ def atomic_path(path: Path, is_folder: bool = False) -> Iterator[Path]:
     if path.is_dir() and not is_folder:
         raise UserError(f"{path}: found a folder, expected the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: the next run finds and removes it
+    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
     _remove(temporary)
     temporary.mkdir() if is_folder else temporary.touch()
     try:
@@ -25,10 +25,12 @@ def atomic_path(path: Path, is_folder: bool = False) -> Iterator[Path]:
             yield temporary
             for written in (temporary, *temporary.rglob("*")):
                 _flush(written)
-        if path.is_dir():  # a rename cannot replace a folder that is not empty
-            shutil.rmtree(path)
+        if path.is_dir():  # a rename cannot replace a folder that is not empty, so it moves out of the way
+            _remove(old)
+            os.replace(path, old)
         os.replace(temporary, path)
         _flush(path.parent)
+        _remove(old)
     finally:
         _remove(temporary)
 

@@ -3,11 +3,11 @@
 The base segments the text, then neighbouring pieces are merged further ("Teaching Old Tokenizers New Words",
 arXiv 2512.03989). New merges come after all old ones, so an encoder first does what it did before. This
 learner serves SentencePiece models and tokenizer.json files. They differ in what may be merged and how it is
-written: see `Unions` in merges_and_scores.py and `Pairs` in byte_level.py.
+written: see `Scored` in merges_and_scores.py and `Pairs` in byte_level.py.
 
-Every new piece is reachable. When it is learnt, its two halves are neighbours in a word, and each half comes
-from merges within it. If the piece stands between characters that merge with nothing, an encoder makes the
-same merges in the same order, then the new one. Later merges find nothing left to merge there.
+Every new piece is reachable. When it is learnt, its two halves are neighbours in a word, and each half arose
+by merges inside itself. If the piece stands between characters that merge with nothing, an encoder repeats
+these merges in the same order, then joins the halves. Later merges find nothing left to merge there.
 """
 
 import heapq
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mala.cli import UserError
 from mala.words.byte_level import JsonTokenizer, Pair, Pairs, append_pairs
-from mala.words.merges_and_scores import Unions, append_unions, sentence_symbols
+from mala.words.merges_and_scores import Scored, append_scored, word_symbols
 from mala.words.tokenizer import Tokenizer
 
 MAX_FRAGMENT = 64  # symbols
@@ -33,14 +33,14 @@ def continue_merges(base: Tokenizer, words: Counter[str], size: int) -> bytes:
         symbols = ([base.pieces[id] for id in ids] for ids in base.segment(list(words)))
         learnt = learn(zip(symbols, words.values()), rules, size)
     else:
-        rules, append = Unions(base.scores()), append_unions
-        learnt = learn(sentence_symbols(base, words), rules, size)
+        rules, append = Scored(base.scores()), append_scored
+        learnt = learn(word_symbols(base, words), rules, size)
     if (found := len(learnt)) < size:
-        raise UserError(f"cannot learn {size} pieces from this corpus: it yields {found}; ask for no more")
+        raise UserError(f"cannot learn {size} pieces, the text yields {found}; lower --extend-vocab (--size)")
     return append(base, learnt)
 
 
-def learn(words: Iterable[tuple[Sequence[str], int]], rules: Unions | Pairs, size: int) -> list[str | Pair]:
+def learn(words: Iterable[tuple[Sequence[str], int]], rules: Scored | Pairs, size: int) -> list[str | Pair]:
     """Return the next `size` merges of a BPE, in order, or fewer if the text yields no more.
 
     words: (segmentation by the base, number of occurrences) of each word. The next merge is the candidate of
@@ -71,10 +71,10 @@ def learn(words: Iterable[tuple[Sequence[str], int]], rules: Unions | Pairs, siz
                 if savings[merge] > 0:
                     heapq.heappush(heap, (-savings[merge], merge))
                 continue
-            if -tokens < 2:  # it occurs only once, so it is not a pattern of the language
+            if -tokens < 2:  # saves a single token in all: not a pattern of the language
                 break
             changed, grown = places.pop(merge), set()
-            if piece in whole:
+            if piece in whole:  # with `ignore_merges`, a word that is a piece is taken whole
                 changed.add(whole[piece])
             for place in changed:
                 for candidate, tokens in rules.candidates(fragments[place]):
@@ -85,7 +85,7 @@ def learn(words: Iterable[tuple[Sequence[str], int]], rules: Unions | Pairs, siz
                 fragments[place] = rules.merge(fragments[place], merge)
                 for candidate, tokens in rules.candidates(fragments[place]):
                     savings[candidate] += tokens * times[place]
-                    if piece in candidate:  # only these can save more than before
+                    if piece in candidate:  # its text, or a half: only these can save more than before
                         places[candidate].add(place)
                         grown.add(candidate)
             for candidate in grown:
@@ -94,10 +94,10 @@ def learn(words: Iterable[tuple[Sequence[str], int]], rules: Unions | Pairs, siz
     return list(learnt.values())
 
 
-def _fragments(symbols: Sequence[str], rules: Unions | Pairs) -> Iterator[tuple[str, ...]]:
-    """Cut a word where no new piece can cross: in a fragment, all neighbours are joinable and stay so. In
-    Chinese or Thai, a "word" may be a whole line, so fragments also end at MAX_FRAGMENT symbols. Fragments
-    often repeat, and each such cut loses only one pair."""
+def _fragments(symbols: Sequence[str], rules: Scored | Pairs) -> Iterator[tuple[str, ...]]:
+    """Cut a word where no new piece can cross: in a fragment all neighbours are joinable, also after merges.
+    In Chinese or Thai a "word" may be a whole line, so a fragment ends after MAX_FRAGMENT symbols. Such a cut
+    loses only the pair across it, and shorter fragments repeat more often, which saves time."""
     start = 0
     for end in range(1, len(symbols) + 1):
         is_cut = end == len(symbols) or end - start == MAX_FRAGMENT

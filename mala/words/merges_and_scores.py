@@ -1,8 +1,8 @@
 """SentencePiece's BPE: pieces have scores, and the neighbours whose union scores highest merge first.
 
-`merge` makes the union of two models, as MaLA-500 did. Trap: no text produces some pieces of a union. Such a
-piece is built from an intermediate piece, but a merge of the other model uses up its parts first. `Unions`
-holds the rules for learning further merges instead (further_merges.py).
+`merge` makes the union of two models, as MaLA-500 did. Trap: some pieces of a union never occur. On the way
+to such a piece, a merge of the other model uses up one of its parts. `Scored` holds the rules for learning
+further merges instead (further_merges.py).
 """
 
 import sys
@@ -46,7 +46,8 @@ def merge(base: Tokenizer, new: Tokenizer, published: bool = False) -> bytes:
 
 
 def distinct(scores: Scores, taken: set[float]) -> Scores:
-    """Return the scores, those that are `taken` lowered a little. Unequal scores keep their order."""
+    """Return the scores, a little lower where they are `taken`, to which all are added. Scores that are whole
+    numbers, as those of SentencePiece are, keep their order."""
     found: Scores = {}
     for piece, score in scores.items():
         while score in taken:
@@ -62,7 +63,7 @@ def lower(score: float, step: float) -> float:
     return float(min(np.float32(score - step), np.nextafter(np.float32(score), np.float32(-np.inf))))
 
 
-def sentence_symbols(base: Tokenizer, words: Counter[str]) -> Iterator[tuple[list[str], int]]:
+def word_symbols(base: Tokenizer, words: Counter[str]) -> Iterator[tuple[list[str], int]]:
     """Yield (segmentation by the base, count) of each word. Raises UserError if `base` lacks byte pieces."""
     if len(base.byte_ids) < 256:
         raise UserError(f"{base.name}: has no byte pieces, expected 256 to spell unknown characters")
@@ -82,13 +83,13 @@ def _symbols(base: Tokenizer, word: str, ids: list[int]) -> list[str]:
         pieces = [base.pieces[i] for i in group]
         if in_bytes:  # <0xE1> <0x8C> <0xA4> is one character
             pieces = bytes.fromhex("".join(piece[3:5] for piece in pieces)).decode(errors="replace")
-        symbols += pieces
+        symbols += pieces  # of a text in bytes: its characters
     if (read := "".join(symbols)) != word:
         raise UserError(f"{base.name}: segments {word!r} as {read!r}, expected tokens that spell the word")
     return symbols
 
 
-class Unions:
+class Scored:
     """SentencePiece's rules: neighbours whose union is a piece merge, highest first. scores: the base's."""
 
     takes_words = False  # a word is always built from its characters
@@ -113,12 +114,12 @@ class Unions:
                 yield left + right, 1
 
     def learn(self, piece: str) -> None:
-        self.lowest -= 1  # only the order matters, see `append_unions`
+        self.lowest -= 1  # only the order matters, see `append_scored`
         self.scores[piece] = self.lowest
 
     def merge(self, symbols: Sequence[str], piece: str) -> list[str]:
-        """Merge `piece` in symbols that all earlier merges have been applied to. It scores lowest, so the
-        merges that become possible where it arises come before it arises elsewhere."""
+        """Merge `piece` in symbols that all earlier merges have been applied to. `piece` scores lowest: where
+        it arises it may merge on with its neighbours, and these merges come before it arises elsewhere."""
         symbols, scores, i = list(symbols), self.scores, 0
         while i < len(symbols) - 1:
             if symbols[i] + symbols[i + 1] != piece:
@@ -140,7 +141,7 @@ def _kinds(symbol: str) -> set[str]:
     return {kinds.get("L" if c in "\u200c\u200d" else unicodedata.category(c)[0], "sign") for c in symbol}
 
 
-def append_unions(base: Tokenizer, pieces: list[str]) -> bytes:
+def append_scored(base: Tokenizer, pieces: list[str]) -> bytes:
     """Return the base's model with further pieces, each with a lower score than all before it."""
     score, scores = min(base.scores().values()), {}
     for piece in pieces:

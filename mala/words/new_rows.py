@@ -70,7 +70,7 @@ def calibrate(model: Llama, tokenizer: Tokenizer, first: int, drawn: Text, seed:
     """
     positions, rounds = 4096, 5
     weight, device = model.lm_head.weight, model.lm_head.weight.device
-    counts, texts = count_tokens(tokenizer, drawn, seed, keep=positions)
+    counts, texts = count_tokens(tokenizer, drawn, seed, keep=positions)  # each has a token: enough of them
     frequency = torch.from_numpy(counts + 1).float().to(device)  # + 1 avoids the logarithm of 0
     frequency /= frequency.sum()
 
@@ -114,7 +114,7 @@ def count_tokens(tokenizer: Tokenizer, drawn: Text, seed: int, keep: int) -> tup
 
 INITS = {
     "normal": normal,  # random, as in an untrained model: MaLA-500's code did this
-    "mean": mean,  # the mean of all base rows: transformers does this now
+    "mean": mean,  # the mean of all base rows, plus tiny noise: transformers does this now
     "subtokens": subtokens,  # the mean of the rows of the piece's base tokens: the default
     "calibrated": subtokens,  # the same, but then the head's rows are fitted to a text
 }
@@ -165,7 +165,7 @@ def extend_checkpoint(
     source: Path, merged: Tokenizer, out: Path, init: str, seed: int, drawn: Text = (), where: Where = CPU
 ) -> None:
     """Extend the checkpoint folder `source` into a new one, `out`, which appears when complete. A matrix is
-    made when it is written. Only an `init` in FITS loads the model, to `where`. Raises UserError if `out`
+    made when it is written. Only an `init` in FITS loads the model. Raises UserError if `out`
     exists, if `source` is not such a checkpoint, and as `extend_model` does."""
     config = Llama.from_pretrained(source, device="meta").config  # raises if weights do not match the config
     base, shards = load_tokenizer(source), weight_files(source)

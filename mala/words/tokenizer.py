@@ -2,8 +2,7 @@
 
 A `tokenizer.model` is a serialized protobuf message `ModelProto { repeated SentencePiece pieces = 1; ... }`
 with `SentencePiece { string piece = 1; float score = 2; Type type = 3; }` (sentencepiece_model.proto). Two
-concatenated messages are one message: repeated fields are joined, single fields take the later value. So
-appending bytes adds pieces.
+concatenated messages are one, with all pieces of both, so appending bytes adds pieces.
 """
 
 import re
@@ -149,7 +148,7 @@ def append_pieces(base: Tokenizer, scores: dict[str, float]) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Encode a protobuf varint: seven bits a byte, the lowest first. The top bit says that more follow."""
+    """Encode a protobuf varint: seven bits per byte, the lowest first. The top bit says that more follow."""
     return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + _varint(value // 128)
 
 
