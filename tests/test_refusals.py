@@ -1,6 +1,7 @@
 """Mistakes that no other test makes. Each is refused by a UserError that names the file or the setting."""
 
 import json
+import shutil
 import sys
 import zipfile
 
@@ -13,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2 as pb2
 import train
 from mala.cli import UserError, choose_device, run
 from mala.data import file_digests, open_streams, tokenise
-from mala.lora import LoRAConfig, add_lora
+from mala.lora import LoRAConfig, add_lora, merge_lora
 from mala.model import Llama
 from mala.running.prepare import clear_checkpoints
 from mala.scoring import predict_documents
@@ -27,6 +28,9 @@ from mala.storage.weights import read_tensors
 from mala.words.further_merges import continue_merges
 from mala.words.tokenizer import Tokenizer
 from tools.bible import read_archive
+from tools.comparison import compare_runs
+from tools.merge_command import Merge
+from tools.model_settings import find_model
 from tools.more_tasks import ALL_TASKS
 from tools.pictures import picture
 
@@ -245,3 +249,43 @@ def test_a_gpus_full_memory_in_any_command():
 
     with pytest.raises(SystemExit, match="^error: the GPU's memory is full; lower --batch-size"):
         run(fill)
+
+
+def test_a_plan_refuses_what_a_run_refuses(monkeypatch, tmp_path):
+    with refused("seq_len is 4096", "at most 512"):
+        type_train(monkeypatch, tmp_path, "--dry-run", "--seq-len", 4096)
+
+
+def test_a_warm_up_that_outlasts_the_run_is_announced(monkeypatch, tmp_path, capsys):
+    for steps, is_announced in ((20, True), (21, False)):
+        type_train(monkeypatch, tmp_path, "--dry-run", "--steps", steps, "--warmup-steps", 20)
+        assert ("warning: the run has only" in capsys.readouterr().err) == is_announced
+
+
+def test_a_run_or_an_adapter_stands_for_its_model(tmp_path):
+    shutil.copytree(TINY, tmp_path / "run/base")
+    model = Llama.from_pretrained(TINY)
+    add_lora(model, LoRAConfig())
+    torch.nn.init.normal_(model.model["layers"][0].self_attn.q_proj.lora_B)
+    save_adapter(model, tmp_path / "run/adapter", base=str(tmp_path / "run/base"))
+    for given in ("run", "run/adapter"):
+        assert find_model(str(tmp_path / given), None) == (tmp_path / "run/base", tmp_path / "run/adapter")
+    Merge(model=str(tmp_path / "run"), adapter=None, out=str(tmp_path / "merged")).run()
+    merge_lora(model)
+    merged = Llama.from_pretrained(tmp_path / "merged")
+    assert all(torch.equal(*pair) for pair in zip(merged.parameters(), model.parameters()))
+    with refused("tiny-llama", "no adapter"):
+        Merge(model=str(TINY), adapter=None, out=str(tmp_path / "other")).run()
+
+
+def test_a_single_language_has_no_p(tmp_path):
+    for name, nll in (("a", 10.0), ("b", 5.0)):
+        lines = [{"lang": "swh_Latn", "id": i, "nll": nll + i, "tokens": 5, "bytes": 9} for i in range(20)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "predictions.jsonl").write_text(text)
+        languages = {"swh_Latn": {"documents": 20}}
+        result = {"bench": "nll", "languages": languages, "macro": {}}
+        (tmp_path / name / "results.json").write_text(json.dumps(result))
+    found = compare_runs(tmp_path / "a", tmp_path / "b", chosen=lambda names: names)
+    assert found["macro"]["p"] is None and found["languages"]["swh_Latn"]["p"] < 0.01
