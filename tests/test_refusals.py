@@ -259,7 +259,7 @@ def test_a_plan_refuses_what_a_run_refuses(monkeypatch, tmp_path):
 def test_a_warm_up_that_outlasts_the_run_is_announced(monkeypatch, tmp_path, capsys):
     for steps, is_announced in ((20, True), (21, False)):
         type_train(monkeypatch, tmp_path, "--dry-run", "--steps", steps, "--warmup-steps", 20)
-        assert ("warning: the run has only" in capsys.readouterr().err) == is_announced
+        assert ("warning: the warm-up takes 20 steps" in capsys.readouterr().err) == is_announced
 
 
 def test_a_run_or_an_adapter_stands_for_its_model(tmp_path):
