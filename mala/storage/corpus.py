@@ -160,7 +160,7 @@ def _folder_of_languages(root: Path) -> Path:
     """Return the folder of languages: `root` or a folder in it, such as FineWeb-2's data/, GlotCC's v1.0/."""
     if not root.is_dir():
         found = "a file" if root.exists() else "there is no such folder"
-        raise UserError(f"{root}: {found}; expected a corpus with one entry per language")
+        raise UserError(f"{root}: {found}; expected the folder of a corpus, which has one entry per language")
     if any(map(_language_of, _visible(root))):
         return root
     if (language := _language_of(root.resolve())) and _files_of(root, None, defaultdict(list)):
