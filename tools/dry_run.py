@@ -62,7 +62,7 @@ def planned_model(settings: Settings, tokenizer: Tokenizer, dtype: torch.dtype) 
 
 def warn_of_warmup(settings: Settings, steps: int) -> None:
     """Print a warning if a run is so short that the learning rate never reaches `lr`."""
-    if steps <= settings.warmup_steps:
+    if steps < settings.warmup_steps:  # the last step of the warm-up has the full rate
         short = f"the warm-up takes {settings.warmup_steps} steps, but the run has only {steps}"
         short += f", so the learning rate never reaches {settings.lr:g}"
         remedy = "lower --batch-size or --warmup-steps, or see configs/small-corpus.toml"

@@ -112,7 +112,7 @@ def tabulate(result: dict[str, Any], columns: Columns, key: str, descending: boo
     languages = result["languages"]
     in_order = sorted(languages, key=lambda language: languages[language][key], reverse=descending)
     rows = [row(language, languages[language], {}) for language in in_order]
-    groups = by_script(languages) if "groups" in result else []
     of_groups = result.get("groups", {})
+    groups = by_script(languages) if of_groups else []
     last = [row(f"{name}, {counted(group, 'language')}", of_groups[name], group) for name, group in groups]
     print_table(("language", *columns), rows, [*last, row("macro-average", result["macro"], languages)])

@@ -134,7 +134,7 @@ def choose_checkpoint(settings: Settings, earlier: dict[str, Any], identity: dic
 
 def clear_checkpoints(folder: Path, resumed_from: Path | None) -> None:
     """Delete half-written checkpoints, and set aside those after the one that the run continues from."""
-    for half in folder.glob(".step-*.tmp"):
+    for half in folder.glob(".step-*.*"):
         shutil.rmtree(half)
     if resumed_from:
         done = training_checkpoint.read_state(resumed_from)["step"]

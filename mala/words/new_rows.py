@@ -70,7 +70,7 @@ def calibrate(model: Llama, tokenizer: Tokenizer, first: int, drawn: Text, seed:
     """
     positions, rounds = 4096, 5
     weight, device = model.lm_head.weight, model.lm_head.weight.device
-    counts, texts = count_tokens(tokenizer, drawn, seed, keep=positions)  # each has a token: enough of them
+    counts, texts = count_tokens(tokenizer, drawn, seed, keep=positions)  # each has a token: they suffice
     frequency = torch.from_numpy(counts + 1).float().to(device)  # + 1 avoids the logarithm of 0
     frequency /= frequency.sum()
 
